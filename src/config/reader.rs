@@ -1,0 +1,214 @@
+//! Typed reading of a tree: each `take` either gives a value or notes what is wrong, and goes on. Called by the modules
+//! of `config` that know what a file may say.
+
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use super::diagnostic::{Diagnostic, Severity, listed, nearest, quoted};
+use super::time::parse_duration;
+use super::yaml::{self, Content, Entry, Node, Place, QUOTE_TEMPLATE};
+
+/// Something wrong, before it has a path.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Fault {
+    pub place: Place,
+    pub severity: Severity,
+    pub message: String,
+    pub help: Option<String>,
+}
+
+impl From<yaml::Fault> for Fault {
+    fn from(fault: yaml::Fault) -> Self {
+        let yaml::Fault {
+            place,
+            message,
+            help,
+        } = fault;
+        Self {
+            place,
+            severity: Severity::Error,
+            message,
+            help,
+        }
+    }
+}
+
+impl Fault {
+    pub fn at(self, path: &str) -> Diagnostic {
+        Diagnostic {
+            severity: self.severity,
+            path: path.to_owned(),
+            line: self.place.line,
+            column: self.place.column,
+            message: self.message,
+            help: self.help,
+        }
+    }
+}
+
+/// Collects what is wrong.
+#[derive(Debug, Default)]
+pub(super) struct Reader {
+    pub faults: Vec<Fault>,
+}
+
+/// The keys of a map that was checked.
+#[derive(Clone, Copy)]
+pub(super) struct Fields<'n>(&'n [Entry]);
+
+impl<'n> Fields<'n> {
+    pub fn get(self, key: &str) -> Option<&'n Entry> {
+        self.0.iter().find(|entry| entry.key == key)
+    }
+}
+
+impl Reader {
+    pub fn error(&mut self, place: Place, message: impl Into<String>) {
+        self.push(Severity::Error, place, message.into(), None);
+    }
+
+    pub fn error_help(
+        &mut self,
+        place: Place,
+        message: impl Into<String>,
+        help: impl Into<String>,
+    ) {
+        self.push(Severity::Error, place, message.into(), Some(help.into()));
+    }
+
+    pub fn warning(&mut self, place: Place, message: impl Into<String>, help: impl Into<String>) {
+        self.push(Severity::Warning, place, message.into(), Some(help.into()));
+    }
+
+    fn push(&mut self, severity: Severity, place: Place, message: String, help: Option<String>) {
+        self.faults.push(Fault {
+            place,
+            severity,
+            message,
+            help,
+        });
+    }
+
+    pub fn failed(&self) -> bool {
+        self.faults
+            .iter()
+            .any(|fault| fault.severity == Severity::Error)
+    }
+
+    /// The entries of a map. `subject` is what the map is called: `the file`, `role coder`.
+    pub fn entries<'n>(&mut self, node: &'n Node, subject: &str) -> Option<&'n [Entry]> {
+        match &node.content {
+            Content::Map(entries) => Some(entries),
+            other => {
+                let found = kind(other);
+                self.error_help(
+                    node.place,
+                    format!("{subject} is {found}"),
+                    "write it as a map of keys and values",
+                );
+                None
+            }
+        }
+    }
+
+    /// The entries of a map that may have only these keys.
+    pub fn fields<'n>(
+        &mut self,
+        node: &'n Node,
+        subject: &str,
+        keys: &[&str],
+    ) -> Option<Fields<'n>> {
+        let entries = self.entries(node, subject)?;
+        for entry in entries {
+            if !keys.contains(&entry.key.as_str()) {
+                let help = match nearest(&entry.key, keys.iter().copied()) {
+                    Some(meant) => format!("did you mean {meant}?"),
+                    None => format!("the keys of {subject} are {}", listed(keys.iter().copied())),
+                };
+                self.error_help(
+                    entry.place,
+                    format!("unknown key {} in {subject}", quoted(&entry.key)),
+                    help,
+                );
+            }
+        }
+        Some(Fields(entries))
+    }
+
+    /// A text; a number or a word like `true` is a text too.
+    pub fn text<'n>(&mut self, node: &'n Node, subject: &str) -> Option<&'n str> {
+        let help = match &node.content {
+            Content::Text { text, .. } if text.contains('\0') => {
+                self.error_help(
+                    node.place,
+                    format!("{subject} has a NUL character in it"),
+                    "remove it",
+                );
+                return None;
+            }
+            Content::Text { text, .. } => return Some(text),
+            Content::Null => "give it a value, or remove the key",
+            Content::Map(_) => QUOTE_TEMPLATE,
+            Content::List(_) => "write it as text",
+        };
+        self.error_help(
+            node.place,
+            format!("{subject} is {}, and must be text", kind(&node.content)),
+            help,
+        );
+        None
+    }
+
+    pub fn integer(
+        &mut self,
+        node: &Node,
+        subject: &str,
+        range: RangeInclusive<u32>,
+    ) -> Option<u32> {
+        let text = self.text(node, subject)?;
+        let digits = text.bytes().all(|b| b.is_ascii_digit());
+        let number = text
+            .parse()
+            .ok()
+            .filter(|number| digits && range.contains(number));
+        if number.is_none() {
+            let (least, most) = (range.start(), range.end());
+            let message = format!("{subject} is {}", quoted(text));
+            self.error_help(
+                node.place,
+                message,
+                format!("write a whole number from {least} to {most}"),
+            );
+        }
+        number
+    }
+
+    pub fn duration(&mut self, node: &Node, subject: &str) -> Option<Duration> {
+        let text = self.text(node, subject)?;
+        match parse_duration(text) {
+            Ok(Duration::ZERO) => {
+                self.error_help(
+                    node.place,
+                    format!("{subject} is zero"),
+                    "remove the key to have no time-out",
+                );
+                None
+            }
+            Ok(duration) => Some(duration),
+            Err(error) => {
+                self.error(node.place, format!("{subject}: {error}"));
+                None
+            }
+        }
+    }
+}
+
+/// What a value is, for a message.
+pub(super) fn kind(content: &Content) -> &'static str {
+    match content {
+        Content::Null => "empty",
+        Content::Text { .. } => "text",
+        Content::List(_) => "a list",
+        Content::Map(_) => "a map",
+    }
+}

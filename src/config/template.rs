@@ -1,0 +1,564 @@
+//! Prompts as minijinja templates. `definition` checks them here when a file is read; the worker renders them here.
+//!
+//! What passes [`check`] parses without overflowing a thread's stack and names nothing that does not exist. Rendering is
+//! bounded in instructions and in output, not in time or memory between them: a definition that doubles a string or
+//! nests a list in itself ten thousand times harms its own worker, which is what `MemoryMax` and the unit are for.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io::{self, Write};
+use std::sync::Arc;
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Enumerator, Object, Serde, Value};
+use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior};
+
+use super::diagnostic::{escaped, listed, nearest, quoted};
+use super::template_shape::{self, BLOCKS, LINE_BYTES, Shape, TAG_BYTES, Word};
+use crate::model::limits;
+use crate::model::message::Message;
+use crate::model::name::RunId;
+
+/// What a prompt can name beside the workflow's roles.
+const NAMES: [&str; 5] = ["start", "messages", "last", "round", "run"];
+/// Functions of the environment, which a prompt can name too.
+const FUNCTIONS: [&str; 3] = ["range", "dict", "namespace"];
+/// Words that mean something else in a template, so that a role of this name could not be spoken of.
+const WORDS: [&str; 22] = [
+    "true",
+    "false",
+    "none",
+    "and",
+    "or",
+    "not",
+    "in",
+    "is",
+    "if",
+    "else",
+    "elif",
+    "endif",
+    "for",
+    "endfor",
+    "set",
+    "loop",
+    "self",
+    "super",
+    "caller",
+    "recursive",
+    "with",
+    "as",
+];
+/// How deep macros and loops may call each other while rendering; enough for people, and safe on a stack of 2 MiB.
+const RECURSION: usize = 32;
+
+/// Most unknown names of one prompt that are told; each costs a search.
+const FAULTS: usize = 20;
+
+/// What is wrong with a template.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct TemplateFault {
+    /// The line of the template, from 1, if it is known.
+    pub line: Option<usize>,
+    pub message: String,
+    pub help: Option<String>,
+}
+
+/// Whether templates use this word for something else than a role.
+pub(super) fn is_word(name: &str) -> bool {
+    WORDS.contains(&name) || FUNCTIONS.contains(&name)
+}
+
+/// How prompts are read and rendered: undefined names are false in a condition and an error in output, nothing is
+/// escaped, the final line break stays, and there is fuel for [`limits::TEMPLATE_FUEL`] instructions.
+#[must_use]
+pub fn environment() -> Environment<'static> {
+    let mut environment = Environment::new();
+    environment.set_undefined_behavior(UndefinedBehavior::SemiStrict);
+    environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+    environment.set_fuel(Some(limits::TEMPLATE_FUEL));
+    environment.set_recursion_limit(RECURSION);
+    if let Ok(syntax) = SyntaxConfig::builder().keep_trailing_newline(true).build() {
+        environment.set_syntax(syntax);
+    }
+    let functions: Vec<String> = environment
+        .globals()
+        .map(|(name, _)| name.to_owned())
+        .collect();
+    for name in functions
+        .iter()
+        .filter(|name| !FUNCTIONS.contains(&name.as_str()))
+    {
+        environment.remove_global(name);
+    }
+    environment
+}
+
+/// What is wrong with a prompt of a workflow with these roles.
+pub(super) fn check(prompt: &str, roles: &[&str]) -> Vec<TemplateFault> {
+    let tags = match template_shape::tags(prompt) {
+        Ok(tags) => tags,
+        Err(shape) => return vec![shape_fault(&shape)],
+    };
+    let environment = environment();
+    let template = match environment.template_from_str(prompt) {
+        Ok(template) => template,
+        Err(error) => {
+            let message = error
+                .detail()
+                .map_or_else(|| error.kind().to_string(), str::to_owned);
+            return vec![TemplateFault {
+                line: error.line(),
+                message: escaped(&message),
+                help: None,
+            }];
+        }
+    };
+    let known = || NAMES.into_iter().chain(roles.iter().copied());
+    let mut unknown: Vec<String> = template.undeclared_variables(false).into_iter().collect();
+    unknown
+        .retain(|name| !FUNCTIONS.contains(&name.as_str()) && !known().any(|known| known == name));
+    unknown.sort();
+    unknown.truncate(FAULTS);
+    let fault = |name: &String| TemplateFault {
+        line: line_of(prompt, name),
+        message: format!("unknown name {}", quoted(name)),
+        help: Some(match nearest(name, known()) {
+            Some(meant) => format!("did you mean {meant}?"),
+            None => format!("a prompt knows {}", listed(known())),
+        }),
+    };
+    let mut faults: Vec<TemplateFault> = unknown.iter().map(fault).collect();
+    let words = tags
+        .into_iter()
+        .flat_map(|tag| template_shape::words(prompt, tag));
+    faults.extend(
+        words
+            .filter_map(|word| unknown_word(&environment, prompt, &word))
+            .take(FAULTS),
+    );
+    faults
+}
+
+/// minijinja looks filters and tests up when it renders; this asks for them before.
+fn unknown_word(
+    environment: &Environment<'_>,
+    prompt: &str,
+    word: &Word<'_>,
+) -> Option<TemplateFault> {
+    let mut state = environment.empty_state();
+    let (what, name, at, outcome) = match *word {
+        Word::Filter(name, at) => ("filter", name, at, state.apply_filter(name, &[]).err()),
+        Word::Test(name, at) => ("test", name, at, state.perform_test(name, &[]).err()),
+    };
+    let unknown = matches!(
+        outcome?.kind(),
+        ErrorKind::UnknownFilter | ErrorKind::UnknownTest
+    );
+    unknown.then(|| TemplateFault {
+        line: Some(template_shape::line_at(prompt, at)),
+        message: format!("unknown {what} {}", quoted(name)),
+        help: Some("templates have those of minijinja".to_owned()),
+    })
+}
+
+fn shape_fault(shape: &Shape) -> TemplateFault {
+    let (line, message, help) = match shape {
+        Shape::LongTag { line } => (
+            *line,
+            format!("a {{{{ … }}}} or {{% … %}} longer than {TAG_BYTES} bytes, or not closed"),
+            "split it",
+        ),
+        Shape::LongLine { line } => (
+            *line,
+            format!("a line longer than {LINE_BYTES} bytes"),
+            "break the line",
+        ),
+        Shape::ManyBlocks { line } => (
+            *line,
+            format!("more than {BLOCKS} blocks {{% … %}}"),
+            "use fewer of them",
+        ),
+        Shape::Loads { line, keyword } => (
+            *line,
+            format!("{keyword} loads another template, and there is none"),
+            "write its text here",
+        ),
+    };
+    TemplateFault {
+        line: Some(line),
+        message,
+        help: Some(help.to_owned()),
+    }
+}
+
+/// The first line that has the name as a word in it, for a prompt in which it is known to be.
+fn line_of(prompt: &str, name: &str) -> Option<usize> {
+    let has = |line: &str| {
+        line.split(|c: char| !c.is_alphanumeric() && c != '_')
+            .any(|word| word == name)
+    };
+    prompt
+        .lines()
+        .position(|line| line.contains('{') && has(line))
+        .map(|index| index + 1)
+}
+
+/// Renders a prompt.
+///
+/// # Errors
+/// One line: what cannot be rendered and in which line of the prompt, or that the fuel or
+/// [`limits::RENDERED_PROMPT_BYTES`] are used up.
+pub fn render(prompt: &str, context: Value) -> Result<String, String> {
+    if let Err(shape) = template_shape::tags(prompt) {
+        let fault = shape_fault(&shape);
+        return Err(format!(
+            "line {} of the prompt: {}",
+            fault.line.unwrap_or(1),
+            fault.message
+        ));
+    }
+    let environment = environment();
+    let mut output = Bounded::default();
+    let rendered = environment
+        .template_from_str(prompt)
+        .and_then(|template| template.render_captured_to(context, &mut output).map(drop));
+    if output.overflowed {
+        return Err(format!(
+            "the rendered prompt is larger than {} bytes",
+            limits::RENDERED_PROMPT_BYTES
+        ));
+    }
+    rendered.map_err(|error| told(&error))?;
+    String::from_utf8(output.bytes).map_err(|_| "the rendered prompt is not UTF-8".to_owned())
+}
+
+fn told(error: &Error) -> String {
+    let line = error.line().unwrap_or(1);
+    if error.kind() == ErrorKind::OutOfFuel {
+        return format!(
+            "line {line} of the prompt: more than {} instructions",
+            limits::TEMPLATE_FUEL
+        );
+    }
+    let detail = error
+        .detail()
+        .map(|detail| format!(": {}", escaped(detail)))
+        .unwrap_or_default();
+    format!("line {line} of the prompt: {}{detail}", error.kind())
+}
+
+/// A buffer that refuses to grow beyond [`limits::RENDERED_PROMPT_BYTES`].
+#[derive(Default)]
+struct Bounded {
+    bytes: Vec<u8>,
+    overflowed: bool,
+}
+
+impl Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if bytes.len() > limits::RENDERED_PROMPT_BYTES - self.bytes.len() {
+            self.overflowed = true;
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        self.bytes.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What a prompt can name: `start` (round 0), `messages` (the whole thread), `last`, `round` (the number of the round
+/// that is about to be executed), `run` (its id), and each role that has spoken as its latest message. A message has
+/// `role`, `content`, `meta` and `timestamp`.
+#[must_use]
+pub fn context(thread: &[Message], round: u32, run: RunId) -> Value {
+    let messages: Vec<Value> = thread
+        .iter()
+        .map(|message| Value::from_object(Spoken(message.clone())))
+        .collect();
+    let mut names = BTreeMap::new();
+    for (message, value) in thread.iter().zip(&messages) {
+        names.insert(message.role.clone(), value.clone());
+    }
+    let start = thread
+        .iter()
+        .position(|message| message.role == crate::model::name::RoleName::START);
+    let given = [
+        (
+            "start",
+            start.and_then(|index| messages.get(index).cloned()),
+        ),
+        ("last", messages.last().cloned()),
+        ("messages", Some(Value::from(messages))),
+        ("round", Some(Value::from(round))),
+        ("run", Some(Value::from(run.to_string()))),
+    ];
+    names.extend(
+        given
+            .into_iter()
+            .filter_map(|(name, value)| Some((name.to_owned(), value?))),
+    );
+    Value::from_object(Names(names))
+}
+
+struct Names(BTreeMap<String, Value>);
+
+impl fmt::Debug for Names {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.0.keys()).finish()
+    }
+}
+
+impl Object for Names {
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        self.0.get(key.as_str()?).cloned()
+    }
+}
+
+/// A message as templates see it; `meta` is converted only when it is asked for.
+#[derive(Debug)]
+struct Spoken(Message);
+
+impl Object for Spoken {
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        match key.as_str()? {
+            "role" => Some(Value::from(self.0.role.as_str())),
+            "content" => Some(Value::from(self.0.content.as_str())),
+            "meta" => Some(Value::from(Serde(&self.0.meta))),
+            "timestamp" => Some(Value::from(self.0.timestamp)),
+            _ => None,
+        }
+    }
+
+    fn enumerate(self: &Arc<Self>) -> Enumerator {
+        Enumerator::Str(&["role", "content", "meta", "timestamp"])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    fn message(role: &str, content: &str) -> Message {
+        let serde_json::Value::Object(meta) = json!({"status": "ok", "exitCode": 0}) else {
+            unreachable!()
+        };
+        Message {
+            role: role.to_owned(),
+            content: content.to_owned(),
+            meta,
+            timestamp: 7,
+        }
+    }
+
+    fn thread() -> Value {
+        let thread = [
+            message("__start__", "do <it>"),
+            message("coder", "one"),
+            message("coder", "two"),
+        ];
+        context(&thread, 3, RunId::from_bits(0x3fa9_c1d2))
+    }
+
+    #[test]
+    fn a_prompt_sees_the_thread() {
+        for (prompt, expected) in [
+            ("{{ start.content }}\n", "do <it>\n"),
+            (
+                "{{ coder.content }} {{ coder.meta.status }} {{ coder.meta.exitCode }}",
+                "two ok 0",
+            ),
+            ("{{ last.role }} {{ last.timestamp }}", "coder 7"),
+            (
+                "{% for m in messages %}{{ m.role }},{% endfor %}{{ messages | length }}",
+                "__start__,coder,coder,3",
+            ),
+            (
+                "{{ round }} {{ run }}",
+                "3 0000000000000000000000003fa9c1d2",
+            ),
+            (
+                "{% if tester %}{{ tester.content }}{% else %}none{% endif %}",
+                "none",
+            ),
+            ("{{ tester.content if tester is defined }}", ""),
+            ("{{ messages | tojson | length > 50 }}", "True"),
+            ("no template: 100% {x}", "no template: 100% {x}"),
+        ] {
+            assert_eq!(
+                render(prompt, thread()).as_deref(),
+                Ok(expected),
+                "{prompt}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_rendered_is_told_in_one_line() {
+        for (prompt, expected) in [
+            ("a\n{{ tester }}", "line 2 of the prompt: undefined value"),
+            (
+                "{{ tester.content }}",
+                "line 1 of the prompt: undefined value",
+            ),
+            (
+                "{{ start.nothing }}",
+                "line 1 of the prompt: undefined value",
+            ),
+            ("{{ 1 | nofilter }}", "line 1 of the prompt: unknown filter"),
+            ("{{ debug() }}", "line 1 of the prompt: "),
+            (
+                "{% for a in range(9999) %}{% for a in range(9999) %}{% endfor %}{% endfor %}",
+                "more than 1000000 instructions",
+            ),
+            (
+                "{% for a in range(5000) %}{{ 'x' * 1000 }}{% endfor %}",
+                "larger than 4194304 bytes",
+            ),
+            ("{{ 'x' * 99999999999 }}", "line 1 of the prompt: "),
+            ("{{", "line 1 of the prompt: syntax error"),
+            (
+                "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+                "line 1 of the prompt: ",
+            ),
+        ] {
+            let error = render(prompt, thread()).unwrap_err();
+            assert!(
+                error.contains(expected) && !error.contains(char::is_control),
+                "{prompt}: {error}"
+            );
+        }
+        let most = "x".repeat(limits::RENDERED_PROMPT_BYTES);
+        assert_eq!(
+            render(&most, Value::UNDEFINED).map(|text| text.len()),
+            Ok(most.len())
+        );
+    }
+
+    #[test]
+    fn unknown_names_are_found_when_a_file_is_read() {
+        let roles = ["coder", "tester"];
+        for good in [
+            "{{ start }} {{ last }} {{ messages }} {{ round }} {{ run }} {{ coder }} {{ tester }}",
+            "{% for m in messages %}{{ loop.index }}{{ m }}{% endfor %}{% set x = 1 %}{{ x }}",
+            "{% for i in range(3) %}{% endfor %}{% set n = namespace(a=1) %}{{ dict(a=1) }}",
+            "{% macro m(a) %}{{ a }}{% endmacro %}{{ m(1) }}",
+            "{% raw %}{{ nothing }}{% endraw %}",
+        ] {
+            assert_eq!(check(good, &roles), [], "{good}");
+        }
+        let found = check("a\nb {{ codr }} {{ debug() }}", &roles);
+        assert_eq!(found[0].message, "unknown name \"codr\"");
+        assert_eq!(
+            (found[0].line, found[0].help.as_deref()),
+            (Some(2), Some("did you mean coder?"))
+        );
+        assert_eq!(found[1].message, "unknown name \"debug\"");
+        let found = check(
+            "a\n{{ start.content | trimm }}{% if last is nonne %}{% endif %}",
+            &roles,
+        );
+        assert_eq!(
+            (found[0].line, found[0].message.as_str()),
+            (Some(2), "unknown filter \"trimm\"")
+        );
+        assert_eq!(
+            (found[1].line, found[1].message.as_str()),
+            (Some(2), "unknown test \"nonne\"")
+        );
+        assert_eq!(
+            check(
+                "{{ start.content | trim | upper }}{{ 1 is odd }}{{ last is not defined }}{{ 1 is in [1] }}",
+                &roles
+            ),
+            []
+        );
+    }
+
+    /// Debug frames are the largest, and tokio's threads have 2 MiB: an overflow aborts the whole test.
+    #[test]
+    fn deep_templates_are_refused_or_fit_a_small_stack() {
+        let chains = [
+            "1+",
+            "1~",
+            "-",
+            "not ",
+            "(",
+            "[",
+            "{1:",
+            "a.",
+            "a|b|",
+            "a is b is ",
+            "1 if 1 else ",
+            "1 and ",
+            "1<",
+            "1**",
+        ];
+        let mut templates: Vec<String> = Vec::new();
+        for chain in chains {
+            for length in [100_000, TAG_BYTES - 8] {
+                let expression = format!("{}1", chain.repeat(length / chain.len()));
+                templates.push(format!("{{{{ {expression} }}}}"));
+                templates.push(format!("{{% if {expression} %}}{{% endif %}}"));
+                let nested = "{% if 1 %}".repeat(120);
+                templates.push(format!(
+                    "{nested}{{{{ {expression} }}}}{}",
+                    "{% endif %}".repeat(120)
+                ));
+                let elif = "{% elif 1 %}".repeat(250);
+                templates.push(format!(
+                    "{{% if 0 %}}{elif}{{{{ {expression} }}}}{{% endif %}}"
+                ));
+            }
+        }
+        for blocks in [100, 140, BLOCKS, 50_000] {
+            templates.push("{% if 1 %}".repeat(blocks));
+            templates.push(format!(
+                "{}{}",
+                "{% if 1 %}".repeat(blocks),
+                "{% endif %}".repeat(blocks)
+            ));
+            templates.push(format!(
+                "{{% if 1 %}}{}{{% endif %}}",
+                "{% elif 1 %}".repeat(blocks)
+            ));
+            templates.push(format!(
+                "{}{}",
+                "{% for a in [1] %}".repeat(blocks),
+                "{% endfor %}".repeat(blocks)
+            ));
+        }
+        templates.push("{% macro m(a) %}{{ m([a]) }}{% endmacro %}{{ m(1) }}".to_owned());
+        templates.push("{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}".to_owned());
+        let run = move || {
+            for template in &templates {
+                let _ = (check(template, &[]), render(template, thread()));
+            }
+        };
+        std::thread::Builder::new()
+            .stack_size(2 * 1024 * 1024)
+            .spawn(run)
+            .unwrap()
+            .join()
+            .unwrap();
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_templates_never_panic(
+            text: String,
+            pieces in proptest::collection::vec("\\{\\{|\\}\\}|\\{%|%\\}|if |endif|for a in messages|endfor|'|\"|raw|\\(|\\)|-|\\||start|[a-z1 .\\\\é]{0,3}", 0..30),
+        ) {
+            for template in [text, pieces.concat()] {
+                let _ = check(&template, &["coder"]);
+                if let Err(error) = render(&template, thread()) {
+                    prop_assert!(!error.contains(char::is_control));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! What programs read: the documented keys in the documented order, all of them, null where there is nothing yet.
+//! D-Bus has no null, so there the keys are absent; and it has no objects of free shape, so there they are JSON text.
+
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::bus::client::{Event, Round, Run};
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct RunObject<'a> {
+    run: &'a str,
+    workflow: &'a str,
+    status: &'a str,
+    killing: bool,
+    exit_code: Option<i32>,
+    result: Option<&'a str>,
+    reason: Option<&'a str>,
+    rounds: u32,
+    created_at: u64,
+    started_at: Option<u64>,
+    ended_at: Option<u64>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct DetailObject<'a> {
+    #[serde(flatten)]
+    run: RunObject<'a>,
+    prompt: Option<&'a str>,
+    max_rounds: Option<u32>,
+    dry_run: bool,
+    trigger: Value,
+    definition: Option<&'a str>,
+    unit: Option<&'a str>,
+    events: Vec<EventObject<'a>>,
+}
+
+#[derive(Serialize)]
+struct EventObject<'a> {
+    seq: u64,
+    #[serde(rename = "type")]
+    kind: &'a str,
+    timestamp: u64,
+    payload: Value,
+}
+
+#[derive(Serialize)]
+struct RoundObject<'a> {
+    round: u32,
+    role: &'a str,
+    content: &'a str,
+    meta: Value,
+    timestamp: u64,
+}
+
+impl<'a> From<&'a Run> for RunObject<'a> {
+    fn from(run: &'a Run) -> Self {
+        Self {
+            run: &run.run,
+            workflow: &run.workflow,
+            status: &run.status,
+            killing: run.killing,
+            exit_code: run.exit_code,
+            result: run.result.as_deref(),
+            reason: run.reason.as_deref(),
+            rounds: run.rounds,
+            created_at: run.created_at,
+            started_at: run.started_at,
+            ended_at: run.ended_at,
+        }
+    }
+}
+
+impl<'a> From<&'a Run> for DetailObject<'a> {
+    fn from(run: &'a Run) -> Self {
+        Self {
+            run: run.into(),
+            prompt: run.prompt.as_deref(),
+            max_rounds: run.max_rounds,
+            dry_run: run.dry_run.unwrap_or(false),
+            trigger: run.trigger.as_deref().map_or(Value::Null, decode),
+            definition: run.definition.as_deref(),
+            unit: run.unit.as_deref(),
+            events: run.events.iter().flatten().map(EventObject::from).collect(),
+        }
+    }
+}
+
+impl<'a> From<&'a Event> for EventObject<'a> {
+    fn from(event: &'a Event) -> Self {
+        let Event {
+            seq,
+            kind,
+            timestamp,
+            payload,
+        } = event;
+        Self {
+            seq: *seq,
+            kind,
+            timestamp: *timestamp,
+            payload: decode(payload),
+        }
+    }
+}
+
+impl<'a> From<&'a Round> for RoundObject<'a> {
+    fn from(round: &'a Round) -> Self {
+        let Round {
+            round,
+            role,
+            content,
+            meta,
+            timestamp,
+        } = round;
+        Self {
+            round: *round,
+            role,
+            content,
+            meta: decode(meta),
+            timestamp: *timestamp,
+        }
+    }
+}
+
+/// JSON text; what is none is kept as a string rather than lost.
+pub fn decode(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or_else(|_| Value::String(text.to_owned()))
+}
+
+/// `workflow list -o json`
+pub fn list(runs: &[Run]) -> String {
+    array(&runs.iter().map(RunObject::from).collect::<Vec<_>>())
+}
+
+/// `workflow show -o json`
+pub fn show(run: &Run) -> String {
+    array(&[DetailObject::from(run)])
+}
+
+/// `thread -o json`
+pub fn thread(rounds: &[Round]) -> String {
+    array(&rounds.iter().map(RoundObject::from).collect::<Vec<_>>())
+}
+
+fn array<T: Serialize>(items: &[T]) -> String {
+    // Strings, numbers and maps with string keys: there is nothing in it that JSON cannot say.
+    let mut text = serde_json::to_string_pretty(items).unwrap_or_default();
+    text.push('\n');
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ctl::render::tests::{ended, queued};
+
+    #[test]
+    fn a_run_has_all_its_keys_in_the_documented_order() {
+        let text = list(&[queued()]);
+        let keys: Vec<&str> = text
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix('"')?.split('"').next())
+            .collect();
+        assert_eq!(
+            keys,
+            [
+                "run",
+                "workflow",
+                "status",
+                "killing",
+                "exitCode",
+                "result",
+                "reason",
+                "rounds",
+                "createdAt",
+                "startedAt",
+                "endedAt"
+            ]
+        );
+        assert!(
+            text.contains("\"exitCode\": null") && text.contains("\"endedAt\": null"),
+            "{text}"
+        );
+        assert_eq!(list(&[]), "[]\n");
+    }
+
+    #[test]
+    fn show_decodes_what_the_bus_carries_as_text() {
+        let value: Value = serde_json::from_str(&show(&ended())).unwrap();
+        assert_eq!(value.as_array().map(Vec::len), Some(1));
+        assert_eq!(value[0]["exitCode"], 2);
+        assert_eq!(
+            value[0]["trigger"],
+            serde_json::json!({"type": "client", "uid": 0})
+        );
+        assert_eq!(
+            value[0]["events"][0]["payload"],
+            serde_json::json!({"workflow": "fix-failing-test"})
+        );
+        assert_eq!(value[0]["events"][0]["type"], "queued");
+        let text = show(&ended());
+        let place = |key: &str| text.find(&format!("\"{key}\"")).unwrap();
+        let order = [
+            "endedAt",
+            "prompt",
+            "maxRounds",
+            "dryRun",
+            "trigger",
+            "definition",
+            "unit",
+            "events",
+        ];
+        assert!(
+            order.windows(2).all(|pair| place(pair[0]) < place(pair[1])),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_round_is_five_keys_and_its_meta_an_object() {
+        let round = Round {
+            round: 1,
+            role: "coder".to_owned(),
+            content: "done\u{1b}".to_owned(),
+            meta: r#"{"status":"ok"}"#.to_owned(),
+            timestamp: 5,
+        };
+        let value: Value = serde_json::from_str(&thread(&[round])).unwrap();
+        assert_eq!(
+            value,
+            serde_json::json!([{"round": 1, "role": "coder", "content": "done\u{1b}", "meta": {"status": "ok"}, "timestamp": 5}])
+        );
+    }
+}

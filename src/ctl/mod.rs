@@ -1,0 +1,176 @@
+//! nervectl: one function per verb; rendering is pure. Knows the bus's client half and `config`, nothing else of nerve.
+//!
+//! Only [`run`] decides the exit status. stdout has what was asked for and nothing else; all else goes to stderr.
+
+mod cli;
+mod input;
+mod json;
+mod kill;
+mod render;
+mod start;
+mod text;
+mod verbs;
+mod wait;
+
+use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use clap::Parser;
+
+use crate::bus::client::Client;
+use crate::bus::error::CallError;
+use cli::{Cli, Command, Workflow};
+
+/// Exit status of a command line that makes no sense.
+const USAGE: u8 = 64;
+
+/// Where things are.
+#[derive(Debug, Clone)]
+struct Settings {
+    /// Address of the bus; without one the system bus (`DBUS_SYSTEM_BUS_ADDRESS`).
+    bus: Option<String>,
+    /// The directories of definitions; the first wins.
+    definitions: Vec<PathBuf>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        let definitions = [
+            "/etc/nerve/workflows",
+            "/run/nerve/workflows",
+            "/usr/lib/nerve/workflows",
+        ];
+        Self {
+            bus: None,
+            definitions: definitions.map(PathBuf::from).to_vec(),
+        }
+    }
+}
+
+impl Settings {
+    async fn connect(&self) -> Result<Client, CallError> {
+        Client::connect(self.bus.as_deref()).await
+    }
+}
+
+/// Why a verb did not do what was asked. The text is what `nervectl: ` precedes.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    /// What was given is not valid.
+    #[error("{0}")]
+    Input(String),
+    /// nerve could not be asked, or said no.
+    #[error(transparent)]
+    Call(#[from] CallError),
+    /// The call was sent and not answered: it may have had its effect.
+    #[error("{0}")]
+    Unknown(String),
+    /// The run had ended before it could be killed.
+    #[error("{0}")]
+    AlreadyEnded(String),
+    /// A signal ended the wait; what was waited for goes on.
+    #[error("{text}")]
+    Interrupted { status: u8, text: String },
+    /// stdout does not take what is to be said.
+    #[error("cannot write to standard output: {0}")]
+    Output(io::Error),
+    /// Neither nerve nor what was given is to blame.
+    #[error("{0}")]
+    Internal(String),
+}
+
+impl Failure {
+    fn status(&self) -> u8 {
+        match self {
+            Self::Input(_) => 65,
+            Self::Call(error) => error.exit_status(),
+            Self::AlreadyEnded(_) => 68,
+            Self::Internal(_) => 70,
+            Self::Unknown(_) | Self::Output(_) => 74,
+            Self::Interrupted { status, .. } => *status,
+        }
+    }
+}
+
+/// Does what the command line says; the whole of nervectl.
+#[must_use]
+pub fn run() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are no errors and go to stdout. Whether anybody reads it is not our business.
+            let _ = error.print();
+            return if error.use_stderr() {
+                ExitCode::from(USAGE)
+            } else {
+                ExitCode::SUCCESS
+            };
+        }
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let done = match runtime {
+        Ok(runtime) => runtime.block_on(dispatch(&Settings::default(), cli.command)),
+        Err(error) => Err(Failure::Internal(format!("cannot start: {error}"))),
+    };
+    ExitCode::from(conclude(done))
+}
+
+async fn dispatch(settings: &Settings, command: Command) -> Result<u8, Failure> {
+    match command {
+        Command::Workflow(Workflow::Start(arguments)) => start::start(settings, &arguments).await,
+        Command::Workflow(Workflow::List(arguments)) => verbs::list(settings, &arguments).await,
+        Command::Workflow(Workflow::Show(arguments)) => verbs::show(settings, &arguments).await,
+        Command::Workflow(Workflow::Kill(arguments)) => kill::kill(settings, &arguments).await,
+        Command::Thread(arguments) => verbs::thread(settings, &arguments).await,
+        Command::Logs(arguments) => verbs::logs(settings, &arguments).await,
+        Command::Validate(arguments) => verbs::validate(settings, &arguments),
+        Command::Status => verbs::status(settings).await,
+    }
+}
+
+/// The exit status, and the one line that explains it.
+fn conclude(done: Result<u8, Failure>) -> u8 {
+    match done {
+        Ok(status) => status,
+        // `nervectl … | head` has got what it wants.
+        Err(Failure::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => 0,
+        Err(failure) => {
+            complain(&failure);
+            failure.status()
+        }
+    }
+}
+
+fn complain(failure: &Failure) {
+    note(&format!("nervectl: {failure}"));
+}
+
+/// A line for the person, beside the answer. Nobody can be told when stderr is gone.
+fn note(text: &str) {
+    let _ = writeln!(io::stderr().lock(), "{}", text::block(text));
+}
+
+/// The answer.
+fn print(text: &str) -> Result<(), Failure> {
+    let mut stdout = io::stdout().lock();
+    stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+        .map_err(Failure::Output)
+}
+
+fn is_terminal() -> bool {
+    io::stdout().is_terminal()
+}
+
+/// µs since the epoch.
+fn now() -> u64 {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,207 @@
+//! Text for people, purely: what strangers wrote made harmless, times, spans, columns.
+
+use std::borrow::Cow;
+use std::fmt::Write;
+
+/// What roles, clients or the other end of the bus wrote, for a terminal: control characters other than line feed and
+/// tab, and what would reorder the line (bidirectional overrides), are escaped.
+#[must_use]
+pub fn block(text: &str) -> Cow<'_, str> {
+    escape(text, |c| c != '\n' && c != '\t' && is_unsafe(c))
+}
+
+/// The same for what has to stay on one line.
+#[must_use]
+pub fn line(text: &str) -> Cow<'_, str> {
+    escape(text, is_unsafe)
+}
+
+fn escape(text: &str, is_unsafe: impl Fn(char) -> bool) -> Cow<'_, str> {
+    if !text.contains(&is_unsafe) {
+        return Cow::Borrowed(text);
+    }
+    let mut harmless = String::with_capacity(text.len() + 16);
+    for c in text.chars() {
+        if is_unsafe(c) {
+            harmless.extend(c.escape_default());
+        } else {
+            harmless.push(c);
+        }
+    }
+    Cow::Owned(harmless)
+}
+
+fn is_unsafe(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{061c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+/// A table: each column as wide as its widest cell, two spaces between, nothing cut off, nothing after the last cell
+/// of a line. Columns of `right` are aligned to the right.
+#[must_use]
+pub fn table(header: &[&str], right: &[&str], rows: &[Vec<String>]) -> String {
+    let width = |text: &str| text.chars().count();
+    let mut widths: Vec<usize> = header.iter().map(|title| width(title)).collect();
+    for row in rows {
+        for (column, cell) in widths.iter_mut().zip(row) {
+            *column = (*column).max(width(cell));
+        }
+    }
+    let mut text = String::new();
+    let titles: Vec<String> = header.iter().map(|title| (*title).to_owned()).collect();
+    for row in std::iter::once(&titles).chain(rows) {
+        let mut line = String::new();
+        for ((cell, width), title) in row.iter().zip(&widths).zip(header) {
+            let separator = if line.is_empty() { "" } else { "  " };
+            // A write to a String cannot fail.
+            let _ = if right.contains(title) {
+                write!(line, "{separator}{cell:>width$}")
+            } else {
+                write!(line, "{separator}{cell:<width$}")
+            };
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+/// A span of time in systemd's words, its two largest units: `2h 5min`, `31.2s`, `840ms`.
+#[must_use]
+pub fn span(us: u64) -> String {
+    const UNITS: [(u64, &str); 4] = [(86_400, "d"), (3_600, "h"), (60, "min"), (1, "s")];
+    let seconds = us / 1_000_000;
+    if seconds == 0 {
+        return if us < 1_000 {
+            format!("{us}us")
+        } else {
+            format!("{}ms", us / 1_000)
+        };
+    }
+    if seconds < 60 {
+        return match us % 1_000_000 / 100_000 {
+            0 => format!("{seconds}s"),
+            tenths => format!("{seconds}.{tenths}s"),
+        };
+    }
+    let mut parts = Vec::new();
+    let mut rest = seconds;
+    for (size, unit) in UNITS {
+        if rest >= size || !parts.is_empty() {
+            parts.push((rest / size, unit));
+            rest %= size;
+        }
+    }
+    let shown: Vec<String> = parts
+        .iter()
+        .take(2)
+        .filter(|(count, _)| *count > 0)
+        .map(|(count, unit)| format!("{count}{unit}"))
+        .collect();
+    shown.join(" ")
+}
+
+/// How long ago: `5min ago`; what a clock that was set back puts into the future is `now`.
+#[must_use]
+pub fn ago(then: u64, now: u64) -> String {
+    match now.saturating_sub(then) {
+        us if us < 1_000_000 => "now".to_owned(),
+        // Tenths of a second are noise here.
+        us => format!("{} ago", span(us - us % 1_000_000)),
+    }
+}
+
+/// A time of day: `2026-11-20 10:36:22 UTC`.
+#[must_use]
+pub fn time(us: u64) -> String {
+    let seconds = us / 1_000_000;
+    let (days, of_day) = (seconds / 86_400, seconds % 86_400);
+    let (year, month, day) = date(days);
+    let (hour, minute, second) = (of_day / 3_600, of_day / 60 % 60, of_day % 60);
+    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02} UTC")
+}
+
+/// The date that is `days` after 1970-01-01. Years count from March, so that the leap day is the last of its year
+/// (Howard Hinnant, "chrono-compatible low-level date algorithms", `civil_from_days`).
+fn date(days: u64) -> (u64, u64, u64) {
+    const DAYS_OF_ERA: u64 = 146_097;
+    let days = days + 719_468;
+    let (era, of_era) = (days / DAYS_OF_ERA, days % DAYS_OF_ERA);
+    let year_of_era = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let from_march = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * from_march + 2) / 5 + 1;
+    let month = if from_march < 10 {
+        from_march + 3
+    } else {
+        from_march - 9
+    };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    (year, month, day)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_terminal_would_obey_is_escaped_and_the_rest_is_not() {
+        assert_eq!(block("a\tb\nüber 日本\n"), "a\tb\nüber 日本\n");
+        assert_eq!(
+            block("\u{1b}[31mred\u{1b}[0m\r\u{7}\u{7f}\u{9b}"),
+            r"\u{1b}[31mred\u{1b}[0m\r\u{7}\u{7f}\u{9b}"
+        );
+        assert_eq!(
+            block("user\u{202e}txt.exe\u{2066}"),
+            r"user\u{202e}txt.exe\u{2066}"
+        );
+        assert_eq!(line("a\nb\tc"), r"a\nb\tc");
+    }
+
+    #[test]
+    fn columns_are_aligned_and_nothing_is_cut_off() {
+        let rows = vec![
+            vec!["x".to_owned(), "7".to_owned(), "long enough".to_owned()],
+            vec!["yy".to_owned(), "1234".to_owned(), String::new()],
+        ];
+        assert_eq!(
+            table(&["A", "NUM", "B"], &["NUM"], &rows),
+            "A    NUM  B\nx      7  long enough\nyy  1234\n"
+        );
+    }
+
+    #[test]
+    fn spans_show_their_two_largest_units() {
+        for (us, text) in [
+            (0, "0us"),
+            (840_000, "840ms"),
+            (1_000_000, "1s"),
+            (31_250_000, "31.2s"),
+            (60_000_000, "1min"),
+            (125_000_000, "2min 5s"),
+            (3_600_000_000, "1h"),
+            (7_500_000_000, "2h 5min"),
+            (3_605_000_000, "1h"),
+            (90_000_000_000, "1d 1h"),
+        ] {
+            assert_eq!(span(us), text);
+        }
+        assert_eq!(ago(1_000_000, 6_900_000), "5s ago");
+        assert_eq!(ago(9, 5), "now");
+    }
+
+    #[test]
+    fn dates_are_those_that_date_prints() {
+        // `date -u -d @SECONDS`
+        for (seconds, text) in [
+            (0, "1970-01-01 00:00:00 UTC"),
+            (68_169_599, "1972-02-28 23:59:59 UTC"),
+            (68_169_600, "1972-02-29 00:00:00 UTC"),
+            (951_782_400, "2000-02-29 00:00:00 UTC"),
+            (1_735_689_599, "2024-12-31 23:59:59 UTC"),
+            (4_107_542_400, "2100-03-01 00:00:00 UTC"),
+        ] {
+            assert_eq!(time(seconds * 1_000_000), text);
+        }
+    }
+}

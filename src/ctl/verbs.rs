@@ -1,0 +1,310 @@
+//! The verbs that only look: `workflow list`, `workflow show`, `thread`, `logs`, `validate`, `status`.
+
+use std::ffi::OsStr;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::Command;
+
+use super::cli::{Format, List, ListFormat, Logs, Show, Thread, Validate};
+use super::{Failure, Settings, input, is_terminal, json, note, now, print, render, text};
+use crate::bus::client::{ListFilter, Run};
+use crate::bus::error::CallError;
+use crate::config::definition::{self, Parsed};
+use crate::config::diagnostic::{Diagnostic, Severity};
+use crate::config::directory::{self, Found, Trust};
+use crate::model::name::{RunId, WorkflowName};
+
+/// `nervectl workflow list`
+pub async fn list(settings: &Settings, arguments: &List) -> Result<u8, Failure> {
+    let workflow = arguments
+        .workflow
+        .as_deref()
+        .map(input::workflow)
+        .transpose()?;
+    let filter = ListFilter {
+        workflow: workflow.map(String::from),
+        active: arguments.active.then_some(true),
+        limit: Some(arguments.lines),
+    };
+    let runs = settings.connect().await?.list(filter).await?;
+    match arguments.output {
+        ListFormat::Json => print(&json::list(&runs))?,
+        ListFormat::Table => {
+            print(&render::list(&runs, now()))?;
+            if is_terminal()
+                && u32::try_from(runs.len()).is_ok_and(|count| count >= arguments.lines)
+            {
+                note(&format!("\nThe newest {}; -n shows more.", runs.len()));
+            }
+        }
+    }
+    Ok(0)
+}
+
+/// `nervectl workflow show`
+pub async fn show(settings: &Settings, arguments: &Show) -> Result<u8, Failure> {
+    let tail = input::run(&arguments.run)?;
+    let run = settings.connect().await?.run(&tail).await?;
+    match arguments.output {
+        Format::Json => print(&json::show(&run))?,
+        Format::Text => print(&render::show(&run, now()))?,
+    }
+    Ok(0)
+}
+
+/// `nervectl thread`
+pub async fn thread(settings: &Settings, arguments: &Thread) -> Result<u8, Failure> {
+    let tail = input::run(&arguments.run)?;
+    let rounds = settings
+        .connect()
+        .await?
+        .thread(&tail, arguments.lines)
+        .await?;
+    match arguments.output {
+        Format::Json => print(&json::thread(&rounds))?,
+        Format::Text => print(&render::thread(&rounds))?,
+    }
+    Ok(0)
+}
+
+/// `nervectl status`
+pub async fn status(settings: &Settings) -> Result<u8, Failure> {
+    let status = settings.connect().await?.status().await?;
+    print(&render::status(&status, now()))?;
+    Ok(0)
+}
+
+/// `nervectl logs`: becomes journalctl, whose exit status is the answer.
+pub async fn logs(settings: &Settings, arguments: &Logs) -> Result<u8, Failure> {
+    let tail = input::run(&arguments.run)?;
+    let run = settings.connect().await?.run(&tail).await?;
+    let error = journalctl(&run, arguments)?.exec();
+    Err(Failure::Internal(format!("cannot run journalctl: {error}")))
+}
+
+/// The journal of one run: what its worker's unit and nerve itself wrote about it.
+fn journalctl(run: &Run, arguments: &Logs) -> Result<Command, Failure> {
+    let misunderstood = || CallError::Misunderstood(zbus::Error::InvalidReply);
+    let id: RunId = run.run.parse().map_err(|_| misunderstood())?;
+    let workflow: WorkflowName = run.workflow.parse().map_err(|_| misunderstood())?;
+    let of_run = format!("NERVE_RUN_ID={id}");
+    // A second earlier: the two clocks are read at different places, and the journal's index is coarse.
+    let since = (run.created_at / 1_000_000).saturating_sub(1);
+    let mut command = Command::new("journalctl");
+    command.args(["--quiet", "--output=short", &format!("--since=@{since}")]);
+    if !is_terminal() {
+        command.arg("--no-pager");
+    }
+    if arguments.follow {
+        command.arg("--follow");
+    }
+    match arguments.lines {
+        Some(lines) => command.arg(format!("--lines={lines}")),
+        None if arguments.follow => command.arg("--no-tail"),
+        None => &mut command,
+    };
+    command.args([
+        &format!("_SYSTEMD_UNIT={}", workflow.unit()),
+        &of_run,
+        "+",
+        "_SYSTEMD_UNIT=nerve.service",
+        &of_run,
+    ]);
+    Ok(command)
+}
+
+/// `nervectl validate`: says all that is wrong with all files, or with what nerve would read.
+pub fn validate(settings: &Settings, arguments: &Validate) -> Result<u8, Failure> {
+    let verdict = Verdict::on(settings, &arguments.files);
+    if !verdict.wrong.is_empty() {
+        note(verdict.wrong.trim_end());
+    }
+    print(&verdict.right)?;
+    Ok(if verdict.errors == 0 {
+        0
+    } else {
+        Verdict::BROKEN
+    })
+}
+
+/// What validation found.
+#[derive(Debug, Default)]
+struct Verdict {
+    right: String,
+    wrong: String,
+    errors: usize,
+}
+
+impl Verdict {
+    /// Exit status for bad input.
+    const BROKEN: u8 = 65;
+
+    fn on(settings: &Settings, files: &[PathBuf]) -> Self {
+        let mut verdict = Self::default();
+        if files.is_empty() {
+            // As nerved reads them: what it would not trust is wrong.
+            let loaded = directory::load(&settings.definitions, Trust::RootOwned);
+            verdict.add(&loaded.diagnostics);
+            loaded
+                .definitions
+                .values()
+                .for_each(|file| verdict.judge(&file.parsed));
+        }
+        for path in files {
+            match directory::read(path, Trust::Anyone) {
+                Found::Unusable(diagnostic) => verdict.add(&[diagnostic]),
+                Found::Mask => {
+                    let path = path.display().to_string();
+                    verdict.say(&format!(
+                        "{}: empty; it hides other definitions of its name",
+                        text::line(&path)
+                    ));
+                }
+                Found::Bytes(bytes) => {
+                    let stem = path.file_stem().map(OsStr::to_string_lossy);
+                    verdict.judge(&definition::parse(
+                        &path.display().to_string(),
+                        stem.as_deref(),
+                        &bytes,
+                    ));
+                }
+            }
+        }
+        verdict
+    }
+
+    fn judge(&mut self, parsed: &Parsed) {
+        self.add(&parsed.diagnostics);
+        if let Some(definition) = &parsed.definition {
+            self.add(&definition::host_warnings(parsed));
+            self.say(&format!("{}: ok", definition.workflow.name));
+        }
+    }
+
+    fn add(&mut self, diagnostics: &[Diagnostic]) {
+        for diagnostic in diagnostics {
+            self.wrong.push_str(&format!("{diagnostic}\n"));
+        }
+        self.errors += diagnostics
+            .iter()
+            .filter(|diagnostic| diagnostic.severity == Severity::Error)
+            .count();
+    }
+
+    fn say(&mut self, line: &str) {
+        self.right.push_str(line);
+        self.right.push('\n');
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ctl::render::tests::ended;
+
+    fn arguments(run: &Run, logs: &Logs) -> Vec<String> {
+        let command = journalctl(run, logs).unwrap();
+        command
+            .get_args()
+            .map(|argument| argument.to_string_lossy().into_owned())
+            .filter(|a| a != "--no-pager")
+            .collect()
+    }
+
+    #[test]
+    fn logs_asks_the_journal_for_that_run_alone() {
+        let logs = Logs {
+            run: "3fa9".into(),
+            follow: true,
+            lines: None,
+        };
+        assert_eq!(
+            arguments(&ended(), &logs),
+            [
+                "--quiet",
+                "--output=short",
+                "--since=@1795170981",
+                "--follow",
+                "--no-tail",
+                "_SYSTEMD_UNIT=nerve-wf@fix-failing-test.service",
+                "NERVE_RUN_ID=0193000000007000800000003fa9c1d2",
+                "+",
+                "_SYSTEMD_UNIT=nerve.service",
+                "NERVE_RUN_ID=0193000000007000800000003fa9c1d2",
+            ]
+        );
+        let logs = Logs {
+            run: "3fa9".into(),
+            follow: false,
+            lines: Some(5),
+        };
+        assert!(arguments(&ended(), &logs).contains(&"--lines=5".to_owned()));
+    }
+
+    #[test]
+    fn logs_hands_no_odd_name_to_journalctl() {
+        let run = Run {
+            workflow: "a.service -x".to_owned(),
+            ..ended()
+        };
+        assert!(
+            journalctl(
+                &run,
+                &Logs {
+                    run: "3fa9".into(),
+                    follow: false,
+                    lines: None
+                }
+            )
+            .is_err()
+        );
+    }
+
+    #[test]
+    fn each_file_is_judged_and_one_broken_or_missing_is_enough() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        let right = "version: 1\nname: right\nroles:\n  a:\n    exec: [/bin/true]\ngraph:\n  $START: a\n  a: { ok: $END }\n";
+        std::fs::write(path("right.yaml"), right).unwrap();
+        std::fs::write(path("wrong.yaml"), "version: 1\nname: wrong\nrules: {}\n").unwrap();
+        std::fs::write(path("mask.yaml"), "").unwrap();
+        let verdict = |names: &[&str]| {
+            Verdict::on(
+                &Settings::default(),
+                &names.iter().map(|name| path(name)).collect::<Vec<_>>(),
+            )
+        };
+        let good = verdict(&["right.yaml", "mask.yaml"]);
+        assert_eq!((good.errors, good.wrong.as_str()), (0, ""));
+        assert!(
+            good.right.starts_with("right: ok\n") && good.right.contains("mask.yaml: empty"),
+            "{good:?}"
+        );
+        let bad = verdict(&["wrong.yaml", "right.yaml", "missing.yaml"]);
+        assert_eq!(bad.right, "right: ok\n");
+        assert!(bad.errors >= 2, "{bad:?}");
+        for place in [path("wrong.yaml"), path("missing.yaml")] {
+            assert!(
+                bad.wrong.contains(&format!("{}:", place.display())),
+                "{bad:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn no_definitions_at_all_are_right() {
+        let settings = Settings {
+            definitions: vec!["/nonexistent".into()],
+            ..Settings::default()
+        };
+        let verdict = Verdict::on(&settings, &[]);
+        assert_eq!(
+            (
+                verdict.errors,
+                verdict.right.as_str(),
+                verdict.wrong.as_str()
+            ),
+            (0, "", "")
+        );
+    }
+}

@@ -1,0 +1,310 @@
+//! Connections of workers. The peer's unit is its identity: a connection is heard when its peer is the main process of
+//! the unit of a workflow, in that unit's current invocation. Anybody else is dropped before a byte is read.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::io::{AsyncWriteExt as _, BufReader};
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::driver::Event;
+use super::handle::Handle;
+use crate::engine::{Input, LinkId};
+use crate::model::limits;
+use crate::model::name::WorkflowName;
+use crate::model::run::Place;
+use crate::os::cgroup::{self, Cgroup};
+use crate::os::peer::Peer;
+use crate::systemd::Systemd;
+use crate::worker::protocol::{self, EventType, FrameError, ToManager, ToWorker, VERSION};
+
+/// A worker that takes nothing for so long is not worth waiting for.
+const WRITE_PATIENCE: Duration = Duration::from_secs(30);
+
+/// The way to one worker. When it is dropped what was sent is still written, then the connection is closed.
+#[derive(Debug)]
+pub struct Outbox {
+    /// Whose worker it is.
+    pub workflow: WorkflowName,
+    lines: mpsc::UnboundedSender<Vec<u8>>,
+    /// Dropped with it, and then the worker is heard no more.
+    _open: oneshot::Sender<()>,
+}
+
+impl Outbox {
+    /// Sends frames, in order. A connection that broke is reported by its reader.
+    pub fn send(&self, frames: &[ToWorker]) {
+        let mut lines = Vec::new();
+        for frame in frames {
+            protocol::append(&mut lines, frame);
+        }
+        let _ = self.lines.send(lines);
+    }
+}
+
+/// Why a connection is not a worker's.
+#[derive(Debug, thiserror::Error)]
+enum Stranger {
+    #[error("its peer cannot be told: {0}")]
+    Unknown(#[from] std::io::Error),
+    #[error("it is of {0}, which is no worker unit")]
+    NoWorker(String),
+    #[error("it is of {unit}, but process {pid} is not its main process")]
+    NotMain { unit: String, pid: u32 },
+    #[error("systemd cannot be asked: {0}")]
+    Bus(#[from] zbus::Error),
+    #[error("nerved is going down")]
+    GoingDown,
+}
+
+/// Counts connections, by uid.
+#[derive(Debug, Clone, Default)]
+struct Seats(Arc<Mutex<HashMap<u32, usize>>>);
+
+/// One connection's place; given back when dropped.
+#[derive(Debug)]
+struct Seat(Seats, u32);
+
+impl Seats {
+    fn take(&self, uid: u32) -> Option<Seat> {
+        let mut seats = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let all: usize = seats.values().sum();
+        let of_uid = seats.entry(uid).or_default();
+        if all >= limits::CONNECTIONS || *of_uid >= limits::CONNECTIONS_PER_UID {
+            return None;
+        }
+        *of_uid += 1;
+        Some(Seat(self.clone(), uid))
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let mut seats = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(of_uid) = seats.get_mut(&self.1) {
+            *of_uid -= 1;
+            if *of_uid == 0 {
+                seats.remove(&self.1);
+            }
+        }
+    }
+}
+
+/// Accepts workers for ever.
+pub async fn serve(
+    listener: UnixListener,
+    systemd: watch::Receiver<Option<Systemd>>,
+    handle: Handle,
+) {
+    let seats = Seats::default();
+    let mut next: LinkId = 0;
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                next += 1;
+                let uid = stream
+                    .peer_cred()
+                    .map_or(u32::MAX, |credentials| credentials.uid());
+                match seats.take(uid) {
+                    Some(seat) => {
+                        let (systemd, handle) = (systemd.clone(), handle.clone());
+                        tokio::spawn(async move {
+                            greet(next, stream, systemd, handle).await;
+                            drop(seat);
+                        });
+                    }
+                    None => tracing::warn!(uid, "too many connections; dropped one"),
+                }
+            }
+            Err(error) => {
+                tracing::error!(%error, "failed to accept a worker");
+                // Out of descriptors: to try again at once would only burn time.
+                tokio::time::sleep(limits::RECONNECT.0).await;
+            }
+        }
+    }
+}
+
+async fn greet(
+    link: LinkId,
+    stream: UnixStream,
+    systemd: watch::Receiver<Option<Systemd>>,
+    handle: Handle,
+) {
+    let (workflow, place) = match identify(&stream, systemd).await {
+        Ok(identified) => identified,
+        Err(stranger) => return tracing::warn!("dropped a connection: {stranger}"),
+    };
+    let (read_half, write_half) = stream.into_split();
+    let (lines, outgoing) = mpsc::unbounded_channel();
+    let (open, closed) = oneshot::channel();
+    let outbox = Outbox {
+        workflow: workflow.clone(),
+        lines,
+        _open: open,
+    };
+    tokio::spawn(write(write_half, outgoing));
+    let unit = workflow.unit();
+    let ended = tokio::select! {
+        ended = converse(link, read_half, outbox, workflow, place, &handle) => ended,
+        _ = closed => Ok(()),
+    };
+    match ended {
+        Ok(()) => tracing::debug!(link, "{unit} disconnected"),
+        Err(error) => tracing::warn!(link, error = %error, "connection of {unit} ended"),
+    }
+    handle.report(Input::LinkLost { link }).await;
+}
+
+/// Tells whose worker this is. With the bus away it waits: nobody is heard whose unit is not known.
+async fn identify(
+    stream: &UnixStream,
+    mut systemd: watch::Receiver<Option<Systemd>>,
+) -> Result<(WorkflowName, Place), Stranger> {
+    let peer = Peer::of(stream)?;
+    let path = cgroup::of_process(peer.pid)?;
+    let unit = path
+        .rsplit('/')
+        .find(|part| part.ends_with(".service"))
+        .unwrap_or(&path)
+        .to_owned();
+    let workflow = WorkflowName::of_unit(&unit).ok_or_else(|| Stranger::NoWorker(unit.clone()))?;
+    let systemd = systemd
+        .wait_for(Option::is_some)
+        .await
+        .map_err(|_| Stranger::GoingDown)?
+        .clone();
+    let identity = match systemd {
+        Some(systemd) => systemd.identity(&workflow).await?,
+        None => None,
+    };
+    match identity {
+        Some(identity)
+            if identity.main_pid == peer.pid
+                && path.starts_with(&identity.cgroup)
+                && peer.is_alive() =>
+        {
+            Ok((
+                workflow,
+                Place {
+                    invocation: identity.invocation,
+                    cgroup: identity.cgroup,
+                },
+            ))
+        }
+        _ => Err(Stranger::NotMain {
+            unit,
+            pid: peer.pid,
+        }),
+    }
+}
+
+async fn write(mut stream: OwnedWriteHalf, mut lines: mpsc::UnboundedReceiver<Vec<u8>>) {
+    while let Some(bytes) = lines.recv().await {
+        let written = tokio::time::timeout(WRITE_PATIENCE, stream.write_all(&bytes)).await;
+        if !matches!(written, Ok(Ok(()))) {
+            return;
+        }
+    }
+}
+
+/// Why a conversation ended badly.
+#[derive(Debug, thiserror::Error)]
+enum Breach {
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    #[error("it was not ready within {} s", limits::READY_TIMEOUT.as_secs())]
+    Silent,
+    #[error("it did not begin with a ready of protocol {VERSION} for its own workflow")]
+    NotReady,
+    #[error("run {0} cannot end with code {1} and this result")]
+    BadEnd(crate::model::name::RunId, u8),
+    #[error("it said ready twice")]
+    ReadyTwice,
+}
+
+async fn converse(
+    link: LinkId,
+    stream: OwnedReadHalf,
+    outbox: Outbox,
+    workflow: WorkflowName,
+    place: Place,
+    handle: &Handle,
+) -> Result<(), Breach> {
+    let (mut reader, mut line) = (BufReader::new(stream), Vec::new());
+    let first = tokio::time::timeout(
+        limits::READY_TIMEOUT,
+        protocol::read(&mut reader, &mut line),
+    )
+    .await;
+    let held = match first.map_err(|_| Breach::Silent)?? {
+        Some(ToManager::Ready {
+            protocol: VERSION,
+            workflow: named,
+            runs,
+        }) if named == workflow => runs.into_iter().map(|held| held.run_id).collect(),
+        None => return Ok(()),
+        Some(_) => {
+            outbox.send(&[ToWorker::Error {
+                error: Breach::NotReady.to_string(),
+            }]);
+            return Err(Breach::NotReady);
+        }
+    };
+    let ready = Input::Ready {
+        link,
+        workflow: workflow.clone(),
+        place: place.clone(),
+        held,
+    };
+    handle.send(Event::Ready(link, outbox, ready)).await;
+    while let Some(frame) = protocol::read(&mut reader, &mut line).await? {
+        let input = match frame {
+            ToManager::ThreadWorkflowMessage {
+                run_id,
+                round,
+                message,
+            } => Input::Message {
+                link,
+                run: run_id,
+                round,
+                message,
+            },
+            ToManager::ThreadEvent {
+                run_id,
+                event_type,
+                exit_code,
+                result,
+            } => {
+                let (status, code) = result.end();
+                let said = match event_type {
+                    EventType::Completed => "completed",
+                    EventType::Failed => "failed",
+                    EventType::Killed => "killed",
+                };
+                if code != exit_code || status.as_str() != said {
+                    return Err(Breach::BadEnd(run_id, exit_code));
+                }
+                let is_empty = Cgroup::at(&place.of_run(run_id))
+                    .is_empty()
+                    .unwrap_or(false);
+                Input::Ended {
+                    link,
+                    run: run_id,
+                    result,
+                    is_empty,
+                }
+            }
+            ToManager::Error { error } => {
+                tracing::warn!(workflow = %workflow, "worker says: {}", error.escape_debug());
+                continue;
+            }
+            ToManager::Ready { .. } => return Err(Breach::ReadyTwice),
+        };
+        handle.report(input).await;
+    }
+    Ok(())
+}

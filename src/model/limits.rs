@@ -1,0 +1,65 @@
+//! Every limit and every default of nerve, in one place. Units are in the names.
+
+use std::time::Duration;
+
+/// Longest workflow name. Its unit, `nerve-wf@NAME.service`, stays far below systemd's 255 bytes.
+pub const WORKFLOW_NAME_BYTES: usize = 64;
+/// Longest role name.
+pub const ROLE_NAME_BYTES: usize = 64;
+/// Largest definition file.
+pub const DEFINITION_BYTES: usize = 256 * 1024;
+/// Largest start prompt.
+pub const PROMPT_BYTES: usize = 1024 * 1024;
+/// Largest reply of a role, after decoding.
+pub const REPLY_BYTES: usize = 1024 * 1024;
+/// Largest prompt of a role, after rendering.
+pub const RENDERED_PROMPT_BYTES: usize = 4 * 1024 * 1024;
+/// What is kept of a round's stderr.
+pub const STDERR_TAIL_BYTES: usize = 8 * 1024;
+/// Longest journal line that the worker sends on; a longer line is split.
+pub const JOURNAL_LINE_BYTES: usize = 8 * 1024;
+/// Longest reason that a person gives.
+pub const REASON_BYTES: usize = 1024;
+/// Most roles in a workflow.
+pub const ROLES: usize = 64;
+/// Largest `max_rounds`.
+pub const MAX_ROUNDS: u32 = 10_000;
+/// `max_rounds` when nobody says otherwise.
+pub const DEFAULT_MAX_ROUNDS: u32 = 50;
+/// Largest `concurrency`.
+pub const CONCURRENCY: u32 = 256;
+/// Largest `max_queue`.
+pub const MAX_QUEUE: u32 = 1_000_000;
+/// `max_queue` when the file does not say.
+pub const DEFAULT_MAX_QUEUE: u32 = 100;
+/// Longest line of the worker protocol. A reply of control characters grows sixfold in JSON and still fits.
+pub const LINE_BYTES: usize = 8 * 1024 * 1024;
+/// Most connections on the worker socket.
+pub const CONNECTIONS: usize = 1_024;
+/// Most connections on the worker socket of one uid.
+pub const CONNECTIONS_PER_UID: usize = 64;
+/// Template instructions one prompt may use.
+pub const TEMPLATE_FUEL: u64 = 100_000;
+/// Most rows that one answer of the bus holds.
+pub const LIST_ROWS: u32 = 10_000;
+
+/// A worker that is connected says `ready` within this time.
+pub const READY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Between SIGTERM and SIGKILL when nobody says otherwise, and when a time-out passes.
+pub const DEFAULT_GRACE: Duration = Duration::from_secs(5);
+/// Longest grace that a kill may ask for.
+pub const MAX_GRACE: Duration = Duration::from_secs(3_600);
+/// After the grace the worker has this long to confirm a kill; then nerved kills the cgroup itself.
+pub const KILL_CONFIRM: Duration = Duration::from_secs(2);
+/// nerved enforces a run's time-out this much after the worker should have.
+pub const TIMEOUT_SLACK: Duration = Duration::from_secs(5);
+/// A worker without runs is told to shut down after this time.
+pub const WORKER_IDLE: Duration = Duration::from_secs(300);
+/// How often a run is resumed without a new round before it counts as crashed.
+pub const RESUMES_WITHOUT_PROGRESS: u32 = 3;
+/// First and longest pause between two attempts to reach nerved, or the bus.
+pub const RECONNECT: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// `StartLimitIntervalSec` and `StartLimitBurst` of a worker unit.
+pub const START_LIMIT: (Duration, u32) = (Duration::from_secs(60), 6);
+/// `WatchdogSec` of a worker unit; the event loop pings at a third of it.
+pub const WORKER_WATCHDOG: Duration = Duration::from_secs(30);

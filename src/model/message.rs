@@ -1,0 +1,96 @@
+//! A message is what a round produced; a thread is the messages of a run, in order.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::name::{RoleName, RunId};
+use super::run::{Accepted, RunResult};
+
+/// Status of a round whose first process exited 0.
+pub const OK: &str = "ok";
+/// Status of a round that failed, for whatever reason.
+pub const ERROR: &str = "error";
+
+/// What a round produced. Round 0 is the start: role `__start__`, content = the prompt.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Message {
+    /// The role that spoke, or `__start__`.
+    pub role: String,
+    /// What it said.
+    pub content: String,
+    /// `status` always; an exec role's also `exitCode` or `signal`, `stderr`, and `result` when the status is `error`.
+    pub meta: Map<String, Value>,
+    /// µs since the epoch.
+    pub timestamp: u64,
+}
+
+impl Message {
+    /// The status that routes the round.
+    #[must_use]
+    pub fn status(&self) -> &str {
+        self.text("status").unwrap_or(ERROR)
+    }
+
+    /// Why the round is an `error`.
+    #[must_use]
+    pub fn result(&self) -> Option<RunResult> {
+        self.text("result")?.parse().ok()
+    }
+
+    fn text(&self, key: &str) -> Option<&str> {
+        self.meta.get(key)?.as_str()
+    }
+}
+
+/// Where a thread stands: all that routing looks at.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Position {
+    /// Rounds done.
+    pub rounds: u32,
+    /// The newest round, if there is one.
+    pub last: Option<LastRound>,
+}
+
+/// The newest round of a thread.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LastRound {
+    /// Who spoke.
+    pub role: RoleName,
+    /// How the round ended.
+    pub status: String,
+    /// Why, when it is an `error`.
+    pub result: Option<RunResult>,
+}
+
+impl Position {
+    /// The position after one more message. `None` when its role is no role name.
+    #[must_use]
+    pub fn after(&self, message: &Message) -> Option<Self> {
+        Some(Self {
+            rounds: self.rounds + 1,
+            last: Some(LastRound {
+                role: message.role.parse().ok()?,
+                status: message.status().to_owned(),
+                result: message.result(),
+            }),
+        })
+    }
+}
+
+impl Message {
+    /// Round 0 of a thread: what the run was started with.
+    #[must_use]
+    pub fn start(run: RunId, accepted: Accepted, max_rounds: Option<u32>, timestamp: u64) -> Self {
+        let mut meta = Map::new();
+        meta.insert("runId".into(), run.to_string().into());
+        meta.insert("maxRounds".into(), max_rounds.into());
+        meta.insert("dryRun".into(), accepted.dry_run.into());
+        meta.insert("trigger".into(), accepted.trigger);
+        Self {
+            role: RoleName::START.into(),
+            content: accepted.prompt,
+            meta,
+            timestamp,
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! The words of nerve as types. Pure: no I/O, no clock, no async; imports nothing else of the crate.
+//!
+//! A value of these types is valid by construction: names are parsed once, a [`workflow::Workflow`] has been
+//! proved, and a [`run::Run`] changes only through [`run::Run::after`].
+
+pub mod exit;
+pub mod limits;
+pub mod message;
+pub mod moderator;
+pub mod name;
+pub mod run;
+pub mod workflow;

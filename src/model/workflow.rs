@@ -1,0 +1,210 @@
+//! A workflow that has been proved: every role is reachable, every status has a route, every route leads somewhere.
+//! `config` makes workflows from files and gives out only what [`Workflow::check`] finds no fault with.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use super::message::{ERROR, OK};
+use super::name::{RoleName, WorkflowName};
+use super::run::Digest;
+
+/// A workflow together with the text it was read from: what a run pins.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Definition {
+    /// sha256 of the file's bytes.
+    pub digest: Digest,
+    /// What the file says.
+    pub workflow: Workflow,
+    /// The file as JSON, in the file's own shape: what a worker is sent.
+    pub source: serde_json::Value,
+}
+
+/// A workflow: roles, a graph, limits.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Workflow {
+    /// Verb-first kebab-case; the file's stem.
+    pub name: WorkflowName,
+    /// One line for people.
+    pub description: String,
+    /// Rounds after which a run ends 2, unless whoever starts it says otherwise.
+    pub max_rounds: Option<u32>,
+    /// Runs at the same time.
+    pub concurrency: u32,
+    /// What happens to a start when all slots are taken.
+    pub overflow: Overflow,
+    /// Runs that may wait.
+    pub max_queue: u32,
+    /// A run that takes longer, its queue time not counted, ends 124.
+    pub timeout: Option<Duration>,
+    /// The kinds of work.
+    pub roles: BTreeMap<RoleName, Role>,
+    /// Who comes after whom.
+    pub graph: Graph,
+    /// How the worker unit differs from the default.
+    pub worker: WorkerSettings,
+}
+
+/// What happens to a start when all slots are taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Overflow {
+    /// It waits.
+    Queue,
+}
+
+/// One kind of work: a command.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Role {
+    /// argv; no shell.
+    pub exec: Vec<String>,
+    /// Template of what it reads on stdin; without one stdin is empty.
+    pub prompt: Option<String>,
+    /// A round that takes longer is an `error`.
+    pub timeout: Option<Duration>,
+    /// Absolute; without one the run's own directory.
+    pub cwd: Option<String>,
+}
+
+/// Where a status leads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// To a role.
+    Role(RoleName),
+    /// To the end of the run.
+    End,
+}
+
+/// The routing table.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Graph {
+    /// Who speaks first.
+    pub start: Target,
+    /// Role, then status.
+    pub routes: BTreeMap<RoleName, BTreeMap<String, Target>>,
+}
+
+impl Graph {
+    /// Where `role` ending with `status` leads.
+    #[must_use]
+    pub fn route(&self, role: &RoleName, status: &str) -> Option<&Target> {
+        self.routes.get(role)?.get(status)
+    }
+}
+
+/// What a definition may say about its worker unit, in systemd's own terms.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct WorkerSettings {
+    /// A static user; without one the unit has a dynamic user of its own.
+    pub user: Option<String>,
+    /// A static group.
+    pub group: Option<String>,
+    /// Further groups.
+    pub supplementary_groups: Vec<String>,
+    /// `NAME=VALUE` each.
+    pub environment: Vec<String>,
+    /// Bytes or a share of the machine's memory.
+    pub memory_max: Option<Limit>,
+    /// Tasks or a share of the machine's maximum.
+    pub tasks_max: Option<Limit>,
+    /// CPU time per second of wall time.
+    pub cpu_quota: Option<Duration>,
+    /// -20 to 19.
+    pub nice: Option<i32>,
+    /// Absolute paths; a leading `-` ignores one that does not exist.
+    pub read_write_paths: Vec<String>,
+    /// Likewise.
+    pub read_only_paths: Vec<String>,
+    /// No network but a loopback of its own.
+    pub private_network: Option<bool>,
+}
+
+/// A limit in absolute terms or relative to what the machine has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Limit {
+    /// `u64::MAX` is `infinity`.
+    Absolute(u64),
+    /// Hundredths of a percent.
+    Permyriad(u32),
+}
+
+/// What is wrong with a graph; the place is told by which part it names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fault {
+    /// No way leads from `$START` to this role.
+    Unreachable(RoleName),
+    /// This role can end so and no route says what follows.
+    MissingRoute(RoleName, &'static str),
+    /// This role never ends so.
+    UnknownStatus(RoleName, String),
+    /// A route names a role that does not exist; `None` is `$START`.
+    UnknownTarget(Option<(RoleName, String)>, RoleName),
+    /// The graph speaks of a role that does not exist.
+    UnknownRole(RoleName),
+    /// No way leads to `$END`: only `max_rounds` ends a run. A warning.
+    Endless,
+}
+
+impl Workflow {
+    /// Proves the graph; returns everything that is wrong with it.
+    #[must_use]
+    pub fn check(&self) -> Vec<Fault> {
+        let mut faults = Vec::new();
+        let unknown = |target: &Target| match target {
+            Target::Role(role) if !self.roles.contains_key(role) => Some(role.clone()),
+            _ => None,
+        };
+        if let Some(role) = unknown(&self.graph.start) {
+            faults.push(Fault::UnknownTarget(None, role));
+        }
+        for (role, routes) in &self.graph.routes {
+            if !self.roles.contains_key(role) {
+                faults.push(Fault::UnknownRole(role.clone()));
+                continue;
+            }
+            for (status, target) in routes {
+                if status != OK && status != ERROR {
+                    faults.push(Fault::UnknownStatus(role.clone(), status.clone()));
+                }
+                if let Some(missing) = unknown(target) {
+                    faults.push(Fault::UnknownTarget(
+                        Some((role.clone(), status.clone())),
+                        missing,
+                    ));
+                }
+            }
+        }
+        let (reachable, ends) = self.reachable();
+        for role in self.roles.keys() {
+            if !reachable.contains(role) {
+                faults.push(Fault::Unreachable(role.clone()));
+            } else if self.graph.route(role, OK).is_none() {
+                faults.push(Fault::MissingRoute(role.clone(), OK));
+            }
+        }
+        if !ends && faults.is_empty() {
+            faults.push(Fault::Endless);
+        }
+        faults
+    }
+
+    /// The roles that can be reached from the start, and whether `$END` can.
+    fn reachable(&self) -> (BTreeSet<&RoleName>, bool) {
+        let (mut seen, mut ends) = (BTreeSet::new(), false);
+        let mut waiting = vec![&self.graph.start];
+        while let Some(target) = waiting.pop() {
+            match target {
+                Target::End => ends = true,
+                Target::Role(role) if seen.insert(role) => {
+                    waiting.extend(
+                        self.graph
+                            .routes
+                            .get(role)
+                            .into_iter()
+                            .flat_map(BTreeMap::values),
+                    );
+                }
+                Target::Role(_) => {}
+            }
+        }
+        (seen, ends)
+    }
+}

@@ -1,0 +1,10 @@
+//! What Linux gives: cgroups, processes, peers, clocks, the journal. The only place with `unsafe`, each block with its
+//! reason. Knows nothing of runs or workflows.
+
+pub mod cgroup;
+pub mod clock;
+pub mod journal;
+pub mod log;
+pub mod peer;
+pub mod process;
+pub mod socket;

@@ -1,0 +1,180 @@
+//! The properties of a worker unit: the one place that names them.
+//!
+//! They are few, and each survives the lossy copy that PID 1 re-reads at a daemon-reload. What never varies is in the
+//! shipped drop-in `nerve-wf@.service.d/10-nerve.conf`, which beats these; so nothing that a definition may set is
+//! there.
+
+use std::path::Path;
+use std::time::Duration;
+
+use sha2::{Digest as _, Sha256};
+use zbus::wire::Variant;
+
+use crate::model::limits;
+use crate::model::name::WorkflowName;
+use crate::model::workflow::{Limit, WorkerSettings};
+
+/// Longest user name that systemd takes for a dynamic user.
+const USER_NAME_BYTES: usize = 31;
+
+/// A worker unit that is to be made.
+#[derive(Debug)]
+pub struct WorkerUnit<'a> {
+    /// Whose worker it is.
+    pub workflow: &'a WorkflowName,
+    /// `nerve-worker`'s path.
+    pub executable: &'a Path,
+    /// Where nerved listens for workers.
+    pub socket: &'a Path,
+}
+
+impl WorkerUnit<'_> {
+    /// All that systemd is told about it.
+    pub(super) fn properties(
+        &self,
+        settings: &WorkerSettings,
+    ) -> Vec<(&'static str, Variant<'static>)> {
+        let name = self.workflow.as_str();
+        let executable = self.executable.display().to_string();
+        let exec = vec![(executable.clone(), vec![executable, name.to_owned()], false)];
+        let (limit_interval, limit_burst) = limits::START_LIMIT;
+        let mut environment = vec![
+            format!("NERVE_SOCKET={}", self.socket.display()),
+            format!("NERVE_WORKFLOW={name}"),
+        ];
+        environment.extend(std::env::var("NERVE_LOG").map(|level| format!("NERVE_LOG={level}")));
+        environment.extend(settings.environment.iter().cloned());
+        let mut properties: Vec<(&'static str, Variant<'static>)> = vec![
+            ("Description", format!("nerve worker of {name}").into()),
+            ("Documentation", vec!["man:nerve-workflow(5)"].into()),
+            ("Slice", "nerve-wf.slice".into()),
+            ("After", vec!["nerve.service"].into()),
+            ("CollectMode", "inactive".into()),
+            ("Type", "notify".into()),
+            ("NotifyAccess", "main".into()),
+            ("ExecStart", exec.into()),
+            ("Environment", environment.into()),
+            ("Restart", "always".into()),
+            ("RestartUSec", micros(Duration::from_millis(100))),
+            (
+                "RestartPreventExitStatus",
+                (vec![0_i32], Vec::<i32>::new()).into(),
+            ),
+            ("StartLimitIntervalUSec", micros(limit_interval)),
+            ("StartLimitBurst", limit_burst.into()),
+            ("TimeoutStartUSec", micros(Duration::from_secs(30))),
+            ("TimeoutStopUSec", micros(Duration::from_secs(10))),
+            ("WatchdogUSec", micros(limits::WORKER_WATCHDOG)),
+            ("KillMode", "mixed".into()),
+            ("Delegate", true.into()),
+            ("OOMPolicy", "continue".into()),
+            ("StateDirectory", vec![format!("nerve-wf/{name}")].into()),
+            ("StateDirectoryMode", 0o700_u32.into()),
+            ("StandardError", "journal".into()),
+            ("SyslogIdentifier", "nerve-worker".into()),
+            (
+                "LogExtraFields",
+                vec![format!("NERVE_WORKFLOW={name}").into_bytes()].into(),
+            ),
+            // 0 would mean the default, which drops.
+            ("LogRateLimitBurst", 1_000_000_u32.into()),
+        ];
+        properties.extend(identity(self.workflow, settings));
+        properties.extend(resources(settings));
+        properties
+    }
+}
+
+fn micros(duration: Duration) -> Variant<'static> {
+    u64::try_from(duration.as_micros())
+        .unwrap_or(u64::MAX)
+        .into()
+}
+
+fn identity(
+    workflow: &WorkflowName,
+    settings: &WorkerSettings,
+) -> Vec<(&'static str, Variant<'static>)> {
+    let user = settings
+        .user
+        .clone()
+        .unwrap_or_else(|| dynamic_user(workflow));
+    let mut properties: Vec<(&'static str, Variant<'static>)> = vec![
+        ("User", user.into()),
+        ("DynamicUser", settings.user.is_none().into()),
+    ];
+    if let Some(group) = &settings.group {
+        properties.push(("Group", group.clone().into()));
+    }
+    if !settings.supplementary_groups.is_empty() {
+        properties.push((
+            "SupplementaryGroups",
+            settings.supplementary_groups.clone().into(),
+        ));
+    }
+    properties
+}
+
+/// Without a name of its own a dynamic user is named after what is before the `@`, and all workers would share it.
+fn dynamic_user(workflow: &WorkflowName) -> String {
+    let name = format!("nw-{workflow}");
+    if name.len() <= USER_NAME_BYTES {
+        return name;
+    }
+    let digest = Sha256::digest(workflow.as_str());
+    let digits: String = digest
+        .iter()
+        .take(10)
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    format!("nw-{digits}")
+}
+
+fn resources(settings: &WorkerSettings) -> Vec<(&'static str, Variant<'static>)> {
+    let mut properties: Vec<(&'static str, Variant<'static>)> = Vec::new();
+    let mut limit = |absolute: &'static str, scale: &'static str, limit: Option<Limit>| match limit
+    {
+        Some(Limit::Absolute(number)) => properties.push((absolute, number.into())),
+        Some(Limit::Permyriad(share)) => {
+            // A fraction of 2^32 - 1, as systemd has it.
+            let fraction = u64::from(share) * u64::from(u32::MAX) / 10_000;
+            properties.push((scale, u32::try_from(fraction).unwrap_or(u32::MAX).into()));
+        }
+        None => {}
+    };
+    limit("MemoryMax", "MemoryMaxScale", settings.memory_max);
+    limit("TasksMax", "TasksMaxScale", settings.tasks_max);
+    if let Some(quota) = settings.cpu_quota {
+        properties.push(("CPUQuotaPerSecUSec", micros(quota)));
+    }
+    if let Some(nice) = settings.nice {
+        properties.push(("Nice", nice.into()));
+    }
+    if !settings.read_write_paths.is_empty() {
+        properties.push(("ReadWritePaths", settings.read_write_paths.clone().into()));
+    }
+    if !settings.read_only_paths.is_empty() {
+        properties.push(("ReadOnlyPaths", settings.read_only_paths.clone().into()));
+    }
+    if let Some(private) = settings.private_network {
+        properties.push(("PrivateNetwork", private.into()));
+    }
+    properties
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_workflow_has_a_user_of_its_own_that_systemd_takes() {
+        assert_eq!(
+            dynamic_user(&"check-host".parse().unwrap()),
+            "nw-check-host"
+        );
+        let long: WorkflowName = "a".repeat(29).parse().unwrap();
+        assert_eq!(dynamic_user(&long).len(), 23);
+        let longest: WorkflowName = "a".repeat(28).parse().unwrap();
+        assert_eq!(dynamic_user(&longest).len(), 31);
+    }
+}

@@ -1,0 +1,425 @@
+//! The stock worker: the main process of `nerve-wf@NAME.service`. It holds the connection to nerved and one task per
+//! run, and comes back to nerved for ever: what is not acknowledged is sent again.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use sd_notify::NotifyState;
+use tokio::io::{AsyncWriteExt as _, BufReader};
+use tokio::net::UnixStream;
+use tokio::net::unix::OwnedReadHalf;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep_until};
+
+use super::protocol::{self, Assignment, Held, ToManager, ToWorker, VERSION};
+use super::role::Order;
+use super::run::{Report, Run, event_type, grace};
+use crate::config::definition;
+use crate::model::limits;
+use crate::model::message::Message;
+use crate::model::name::{RoleName, RunId, WorkflowName};
+use crate::model::run::RunResult;
+use crate::os::cgroup::{self, Cgroup};
+use crate::os::journal::Journal;
+use crate::os::process;
+
+/// What systemd gave this worker.
+#[derive(Debug)]
+pub(super) struct Home {
+    workflow: WorkflowName,
+    /// The unit's cgroup.
+    pub(super) cgroup: Cgroup,
+    /// `$STATE_DIRECTORY`.
+    pub(super) state: PathBuf,
+    /// What every role gets.
+    pub(super) environment: Vec<(String, String)>,
+    journal: Journal,
+}
+
+/// What systemd tells a service about itself; a role is none.
+const NOT_FOR_ROLES: [&str; 18] = [
+    "CREDENTIALS_DIRECTORY",
+    "FDSTORE",
+    "INVOCATION_ID",
+    "JOURNAL_STREAM",
+    "LISTEN_FDNAMES",
+    "LISTEN_FDS",
+    "LISTEN_PID",
+    "MAINPID",
+    "MANAGERPID",
+    "MEMORY_PRESSURE_WATCH",
+    "MEMORY_PRESSURE_WRITE",
+    "NERVE_SOCKET",
+    "NERVE_LOG",
+    "NOTIFY_SOCKET",
+    "STATE_DIRECTORY",
+    "SYSTEMD_EXEC_PID",
+    "WATCHDOG_PID",
+    "WATCHDOG_USEC",
+];
+
+impl Home {
+    /// Takes stock of what systemd gave, and moves into the leaf `main/` so that there may be cgroups beside it.
+    fn move_in(workflow: WorkflowName) -> io::Result<Self> {
+        let cgroup = Cgroup::at(&cgroup::of_process(std::process::id())?);
+        let main = cgroup.child("main");
+        main.create()?;
+        main.adopt(std::process::id())?;
+        cgroup.delegate(&["memory", "pids", "cpu", "io"]);
+        let state = std::env::var_os("STATE_DIRECTORY")
+            .map(PathBuf::from)
+            .ok_or_else(|| {
+                io::Error::other(
+                    "STATE_DIRECTORY is not set: nerve-worker is started by nerved, not by hand",
+                )
+            })?;
+        for folder in ["runs", "threads"] {
+            std::fs::create_dir_all(state.join(folder))?;
+        }
+        let mut environment = process::environment();
+        environment.retain(|(name, _)| !NOT_FOR_ROLES.contains(&name.as_str()));
+        let mut set = |name: &str, value: String| {
+            environment.retain(|(known, _)| known != name);
+            environment.push((name.to_owned(), value));
+        };
+        set("LANG", "C.UTF-8".into());
+        // The uids that systemd gives dynamic users; such a user has no home of its own.
+        if (61_184..=65_519).contains(&rustix::process::getuid().as_raw()) {
+            set("HOME", state.display().to_string());
+        }
+        Ok(Self {
+            workflow,
+            cgroup,
+            state,
+            environment,
+            journal: Journal::open()?,
+        })
+    }
+
+    /// Removes what runs that this worker never finished left behind: it has none, and no other worker lives here.
+    fn clear(&self) {
+        for folder in ["runs", "threads"] {
+            if let Err(error) = std::fs::remove_dir_all(self.state.join(folder)) {
+                tracing::warn!(folder, %error, "failed to clear up");
+            }
+        }
+    }
+
+    /// Sends one line of a role to the journal.
+    pub(super) async fn log(
+        &self,
+        run: RunId,
+        role: &RoleName,
+        round: u32,
+        priority: &[u8],
+        line: &[u8],
+    ) {
+        let (run, round) = (run.to_string(), round.to_string());
+        let fields: [(&str, &[u8]); 7] = [
+            ("MESSAGE", line),
+            ("PRIORITY", priority),
+            ("SYSLOG_IDENTIFIER", role.as_str().as_bytes()),
+            ("NERVE_WORKFLOW", self.workflow.as_str().as_bytes()),
+            ("NERVE_RUN_ID", run.as_bytes()),
+            ("NERVE_ROLE", role.as_str().as_bytes()),
+            ("NERVE_ROUND", round.as_bytes()),
+        ];
+        // A journal that is away must hold up nobody; the round keeps the tail.
+        let _ = self.journal.send(&fields).await;
+    }
+}
+
+/// A run this worker has.
+#[derive(Debug)]
+struct Running {
+    orders: mpsc::UnboundedSender<Order>,
+    attempt: u32,
+    round: u32,
+    /// What nerved has not acknowledged.
+    unacknowledged: Option<ToManager>,
+    ended: bool,
+    /// nerved wants to hear no more of it.
+    forgotten: bool,
+}
+
+#[derive(Debug)]
+struct Stock {
+    home: Arc<Home>,
+    runs: HashMap<RunId, Running>,
+    reports: mpsc::UnboundedSender<(RunId, Report)>,
+    /// Bytes for nerved, while connected and welcome.
+    outbox: Option<mpsc::UnboundedSender<Vec<u8>>>,
+    /// A run whose rounds are still being received.
+    incoming: Option<(Assignment, Vec<Message>, u32)>,
+}
+
+/// What an exchange with nerved led to.
+#[derive(Debug, PartialEq, Eq)]
+enum Outcome {
+    GoOn,
+    Disconnect,
+    Exit,
+}
+
+/// Runs the worker until it is told to shut down.
+///
+/// # Errors
+/// When it is not started the way nerved starts it.
+pub async fn run(workflow: WorkflowName) -> io::Result<()> {
+    let socket = std::env::var_os("NERVE_SOCKET").ok_or_else(|| {
+        io::Error::other("NERVE_SOCKET is not set: nerve-worker is started by nerved, not by hand")
+    })?;
+    let home = Arc::new(Home::move_in(workflow)?);
+    // Ready before connected: a nerved that is away is no reason for systemd to call this start failed.
+    sd_notify::notify(&[
+        NotifyState::Ready,
+        NotifyState::Status("waiting for nerved"),
+    ])?;
+    let mut watchdog = tokio::time::interval(limits::WORKER_WATCHDOG / 3);
+    let (reports, mut inbox) = mpsc::unbounded_channel();
+    let mut stock = Stock {
+        home,
+        runs: HashMap::new(),
+        reports,
+        outbox: None,
+        incoming: None,
+    };
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    let mut frames: Option<mpsc::Receiver<ToWorker>> = None;
+    let (first, longest) = limits::RECONNECT;
+    let mut pause = first;
+    let mut connect_at = Instant::now();
+    loop {
+        let connected = frames.is_some();
+        tokio::select! {
+            _ = watchdog.tick() => { let _ = sd_notify::notify(&[NotifyState::Watchdog]); }
+            // systemd kills what is left in the cgroup; nerved sends the runs to the next worker.
+            _ = terminate.recv() => return Ok(()),
+            Some((run, report)) = inbox.recv() => stock.report(run, report),
+            () = sleep_until(connect_at), if !connected => match UnixStream::connect(&socket).await {
+                Ok(stream) => frames = Some(stock.connect(stream)),
+                Err(error) => {
+                    tracing::debug!(%error, "nerved is away");
+                    pause = (pause * 2).min(longest);
+                    connect_at = Instant::now() + pause;
+                }
+            },
+            frame = receive(&mut frames), if connected => {
+                let outcome = match frame {
+                    Some(frame) => { pause = first; stock.obey(frame) }
+                    None => Outcome::Disconnect,
+                };
+                match outcome {
+                    Outcome::GoOn => {}
+                    Outcome::Exit => return Ok(()),
+                    Outcome::Disconnect => {
+                        frames = None;
+                        stock.outbox = None;
+                        stock.incoming = None;
+                        pause = (pause * 2).min(longest);
+                        connect_at = Instant::now() + pause;
+                    }
+                }
+            }
+        }
+    }
+}
+
+async fn receive(frames: &mut Option<mpsc::Receiver<ToWorker>>) -> Option<ToWorker> {
+    frames.as_mut()?.recv().await
+}
+
+/// Reads what nerved says until the connection ends.
+async fn read(stream: OwnedReadHalf, frames: mpsc::Sender<ToWorker>) {
+    let (mut reader, mut line) = (BufReader::new(stream), Vec::new());
+    loop {
+        match protocol::read(&mut reader, &mut line).await {
+            Ok(Some(frame)) => {
+                if frames.send(frame).await.is_err() {
+                    return;
+                }
+            }
+            Ok(None) => return,
+            Err(error) => return tracing::error!(%error, "failed to read from nerved"),
+        }
+    }
+}
+
+impl Stock {
+    /// Begins a conversation: a task reads, a task writes, and the worker speaks first.
+    fn connect(&mut self, stream: UnixStream) -> mpsc::Receiver<ToWorker> {
+        let (read_half, mut write_half) = stream.into_split();
+        let (frame, frames) = mpsc::channel(64);
+        // Unbounded, but every run has at most one thing to say until it is acknowledged.
+        let (outbox, mut bytes) = mpsc::unbounded_channel::<Vec<u8>>();
+        tokio::spawn(read(read_half, frame));
+        tokio::spawn(async move {
+            while let Some(bytes) = bytes.recv().await {
+                if write_half.write_all(&bytes).await.is_err() {
+                    return;
+                }
+            }
+        });
+        let runs = self.runs.iter().filter(|(_, running)| !running.forgotten);
+        let held = |(id, running): (&RunId, &Running)| Held {
+            run_id: *id,
+            round: running.round,
+            attempt: running.attempt,
+            ended: running.ended,
+        };
+        let ready = ToManager::Ready {
+            protocol: VERSION,
+            workflow: self.home.workflow.clone(),
+            runs: runs.map(held).collect(),
+        };
+        self.outbox = Some(outbox);
+        self.send(&ready);
+        frames
+    }
+
+    fn send(&self, message: &ToManager) {
+        if let Some(outbox) = &self.outbox {
+            let mut line = Vec::new();
+            protocol::append(&mut line, message);
+            // A connection that broke ends by its reader.
+            let _ = outbox.send(line);
+        }
+    }
+
+    fn report(&mut self, id: RunId, report: Report) {
+        let Some(running) = self.runs.get_mut(&id) else {
+            return;
+        };
+        let message = match report {
+            Report::Round { round, message } => {
+                running.round = round;
+                ToManager::ThreadWorkflowMessage {
+                    run_id: id,
+                    round,
+                    message,
+                }
+            }
+            Report::End(_) if running.forgotten => {
+                self.runs.remove(&id);
+                return;
+            }
+            Report::End(result) => {
+                running.ended = true;
+                let (event_type, (_, exit_code)) = (event_type(&result), result.end());
+                ToManager::ThreadEvent {
+                    run_id: id,
+                    event_type,
+                    exit_code,
+                    result,
+                }
+            }
+        };
+        let message = running.unacknowledged.insert(message).clone();
+        self.send(&message);
+    }
+
+    fn obey(&mut self, frame: ToWorker) -> Outcome {
+        match frame {
+            ToWorker::Welcome { .. } => {
+                let _ = sd_notify::notify(&[NotifyState::Status("connected")]);
+                for running in self.runs.values() {
+                    if let Some(message) = &running.unacknowledged {
+                        self.send(message);
+                    }
+                }
+            }
+            ToWorker::Error { error } => {
+                tracing::error!("nerved refuses this worker: {error}");
+                return Outcome::Disconnect;
+            }
+            ToWorker::StartThread(assignment) => self.start(assignment, Vec::new()),
+            ToWorker::ResumeThread {
+                assignment,
+                messages: 0,
+            } => self.start(assignment, Vec::new()),
+            ToWorker::ResumeThread {
+                assignment,
+                messages,
+            } => self.incoming = Some((assignment, Vec::new(), messages)),
+            ToWorker::ThreadMessage { message, .. } => {
+                if let Some((assignment, mut rounds, expected)) = self.incoming.take() {
+                    rounds.push(message);
+                    if rounds.len() == expected as usize {
+                        self.start(assignment, rounds);
+                    } else {
+                        self.incoming = Some((assignment, rounds, expected));
+                    }
+                }
+            }
+            ToWorker::KillThread { run_id, grace_ms } => match self.runs.get(&run_id) {
+                Some(running) => drop(running.orders.send(Order::Kill {
+                    grace: grace(grace_ms),
+                })),
+                None => {
+                    let (result, event_type) = (RunResult::Killed, event_type(&RunResult::Killed));
+                    self.send(&ToManager::ThreadEvent {
+                        run_id,
+                        event_type,
+                        exit_code: result.end().1,
+                        result,
+                    });
+                }
+            },
+            ToWorker::MessageAck { run_id, round } => {
+                if let Some(running) = self.runs.get_mut(&run_id) {
+                    if running.round == round && !running.ended {
+                        running.unacknowledged = None;
+                    }
+                    let _ = running.orders.send(Order::MessageAck(round));
+                }
+            }
+            ToWorker::EventAck { run_id } => {
+                if let Some(running) = self.runs.get_mut(&run_id) {
+                    running.forgotten = true;
+                    running.unacknowledged = None;
+                    if running.ended {
+                        self.runs.remove(&run_id);
+                    }
+                }
+            }
+            ToWorker::Shutdown { timeout_ms } => {
+                tracing::debug!(timeout_ms, "told to shut down");
+                self.home.clear();
+                return Outcome::Exit;
+            }
+        }
+        Outcome::GoOn
+    }
+
+    fn start(&mut self, assignment: Assignment, rounds: Vec<Message>) {
+        let id = assignment.run_id;
+        if self.runs.contains_key(&id) {
+            return;
+        }
+        let workflow = match definition::from_json(&assignment.workflow) {
+            Ok(workflow) => workflow,
+            Err(error) => {
+                self.send(&ToManager::Error {
+                    error: format!("run {id} has a definition that cannot be used: {error}"),
+                });
+                return;
+            }
+        };
+        let (orders, inbox) = mpsc::unbounded_channel();
+        let round = u32::try_from(rounds.len()).unwrap_or(u32::MAX);
+        let attempt = assignment.attempt;
+        let run = Run::new(self.home.clone(), workflow, assignment, rounds);
+        tokio::spawn(run.drive(inbox, self.reports.clone()));
+        let running = Running {
+            orders,
+            attempt,
+            round,
+            unacknowledged: None,
+            ended: false,
+            forgotten: false,
+        };
+        self.runs.insert(id, running);
+    }
+}
