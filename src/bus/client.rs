@@ -49,7 +49,7 @@ pub struct ListFilter {
 #[derive(Debug, Clone, Default, PartialEq, SerializeDict, DeserializeDict, Type)]
 #[zbus(signature = "a{sv}", rename_all = "camelCase", deny_unknown_fields)]
 pub struct ThreadOptions {
-    /// The newest so many rounds, without the start; absent: all, the start included.
+    /// The newest so many; the start (round 0) is the oldest of all.
     pub limit: Option<u32>,
     /// Only what is older than this round. An answer may leave out the oldest of what was asked for, since a message of
     /// the bus has a largest size: who wants more asks again from there.
@@ -288,19 +288,17 @@ impl Client {
         Ok(self.manager.list_runs(filter).await?)
     }
 
-    /// The newest `limit` rounds of a run, or its whole thread, in order; in as many calls as that takes.
+    /// The newest `limit` messages of a run, or all, in order; in as many calls as that takes.
     ///
     /// # Errors
     /// [`CallError`]
     pub async fn thread(&self, tail: &str, limit: Option<u32>) -> Result<Vec<Round>, CallError> {
-        // The start is no round.
-        let oldest = u32::from(limit.is_some());
         let mut thread: Vec<Round> = Vec::new();
         loop {
             let have = u32::try_from(thread.len()).unwrap_or(u32::MAX);
             let before = thread.first().map(|message| message.round);
             let wanted = limit.map(|limit| limit.saturating_sub(have));
-            if wanted == Some(0) || before.is_some_and(|before| before <= oldest) {
+            if wanted == Some(0) || before == Some(0) {
                 return Ok(thread);
             }
             let mut older = self

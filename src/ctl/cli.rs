@@ -27,7 +27,7 @@ Exit status:
 /// as many as tell it apart from all others.
 #[derive(Debug, Parser)]
 #[command(name = "nervectl", version, after_help = EXIT_STATUSES, max_term_width = 120, disable_help_subcommand = true)]
-pub struct Cli {
+pub(super) struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
@@ -35,7 +35,7 @@ pub struct Cli {
 
 /// What can be done.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub(super) enum Command {
     /// Start, list, show and kill runs of workflows
     #[command(subcommand)]
     Workflow(Workflow),
@@ -56,7 +56,7 @@ pub enum Command {
 
 /// What can be done with runs.
 #[derive(Debug, Subcommand)]
-pub enum Workflow {
+pub(super) enum Workflow {
     /// Start a run; prints its id
     ///
     /// The id is printed alone, on stdout, as soon as the run is durable: from then on it ends in exactly one status,
@@ -75,7 +75,7 @@ pub enum Workflow {
 
 /// `workflow start`
 #[derive(Debug, Args)]
-pub struct Start {
+pub(super) struct Start {
     /// The workflow, as `nervectl status` lists it
     #[arg(value_name = "NAME")]
     pub workflow: OsString,
@@ -97,7 +97,7 @@ pub struct Start {
 
 /// `workflow list`
 #[derive(Debug, Args)]
-pub struct List {
+pub(super) struct List {
     /// Only runs of this workflow
     #[arg(value_name = "NAME")]
     pub workflow: Option<OsString>,
@@ -115,7 +115,7 @@ pub struct List {
 
 /// How a list is printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum ListFormat {
+pub(super) enum ListFormat {
     /// For people
     Table,
     /// An array of objects; times in µs since the epoch
@@ -124,7 +124,7 @@ pub enum ListFormat {
 
 /// `workflow show`
 #[derive(Debug, Args)]
-pub struct Show {
+pub(super) struct Show {
     /// The run: its id or the last digits of it
     pub run: OsString,
     /// How to print it
@@ -134,7 +134,7 @@ pub struct Show {
 
 /// How one thing is printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Format {
+pub(super) enum Format {
     /// For people
     Text,
     /// An array of objects; times in µs since the epoch
@@ -143,7 +143,7 @@ pub enum Format {
 
 /// `workflow kill`
 #[derive(Debug, Args)]
-pub struct Kill {
+pub(super) struct Kill {
     /// The runs: their ids or the last digits of them
     #[arg(required = true, value_name = "RUN")]
     pub runs: Vec<OsString>,
@@ -160,10 +160,10 @@ pub struct Kill {
 
 /// `thread`
 #[derive(Debug, Args)]
-pub struct Thread {
+pub(super) struct Thread {
     /// The run: its id or the last digits of it
     pub run: OsString,
-    /// The newest N rounds, without the start; without -n the whole thread, the start (round 0) first
+    /// The newest N rounds; the start (round 0) is there only when the run has fewer than N
     #[arg(short = 'n', long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub lines: Option<u32>,
     /// How to print it
@@ -173,7 +173,7 @@ pub struct Thread {
 
 /// `logs`
 #[derive(Debug, Args)]
-pub struct Logs {
+pub(super) struct Logs {
     /// The run: its id or the last digits of it
     pub run: OsString,
     /// Go on with what comes, until interrupted
@@ -186,7 +186,7 @@ pub struct Logs {
 
 /// `validate`
 #[derive(Debug, Args)]
-pub struct Validate {
+pub(super) struct Validate {
     /// The files; without any, all in the directories that nerve reads
     #[arg(value_name = "FILE")]
     pub files: Vec<PathBuf>,

@@ -11,14 +11,14 @@ use crate::model::limits;
 use crate::model::name::{RunTail, WorkflowName};
 
 /// A workflow's name.
-pub fn workflow(text: &OsStr) -> Result<WorkflowName, Failure> {
+pub(super) fn workflow(text: &OsStr) -> Result<WorkflowName, Failure> {
     text.to_string_lossy()
         .parse()
         .map_err(|error| Failure::Input(format!("{error}")))
 }
 
 /// What is typed for a run.
-pub fn run(text: &OsStr) -> Result<String, Failure> {
+pub(super) fn run(text: &OsStr) -> Result<String, Failure> {
     let text = text.to_string_lossy();
     match text.parse::<RunTail>() {
         Ok(_) => Ok(text.into_owned()),
@@ -27,7 +27,7 @@ pub fn run(text: &OsStr) -> Result<String, Failure> {
 }
 
 /// The reason of a kill.
-pub fn reason(text: Option<&OsStr>) -> Result<String, Failure> {
+pub(super) fn reason(text: Option<&OsStr>) -> Result<String, Failure> {
     let text = utf8(
         "the reason",
         text.unwrap_or_default().as_encoded_bytes().to_vec(),
@@ -43,7 +43,7 @@ pub fn reason(text: Option<&OsStr>) -> Result<String, Failure> {
 }
 
 /// The prompt of a start: `-p`, a file, stdin, or empty.
-pub fn prompt(arguments: &Start) -> Result<String, Failure> {
+pub(super) fn prompt(arguments: &Start) -> Result<String, Failure> {
     let (what, bytes) = match (&arguments.prompt, &arguments.prompt_file) {
         (Some(text), _) => ("the prompt".to_owned(), text.as_encoded_bytes().to_vec()),
         (None, Some(path)) if path.as_os_str() == "-" => (

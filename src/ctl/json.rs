@@ -124,22 +124,22 @@ impl<'a> From<&'a Round> for RoundObject<'a> {
 }
 
 /// JSON text; what is none is kept as a string rather than lost.
-pub fn decode(text: &str) -> Value {
+pub(super) fn decode(text: &str) -> Value {
     serde_json::from_str(text).unwrap_or_else(|_| Value::String(text.to_owned()))
 }
 
 /// `workflow list -o json`
-pub fn list(runs: &[Run]) -> String {
+pub(super) fn list(runs: &[Run]) -> String {
     array(&runs.iter().map(RunObject::from).collect::<Vec<_>>())
 }
 
 /// `workflow show -o json`
-pub fn show(run: &Run) -> String {
+pub(super) fn show(run: &Run) -> String {
     array(&[DetailObject::from(run)])
 }
 
 /// `thread -o json`
-pub fn thread(rounds: &[Round]) -> String {
+pub(super) fn thread(rounds: &[Round]) -> String {
     array(&rounds.iter().map(RoundObject::from).collect::<Vec<_>>())
 }
 

@@ -18,7 +18,7 @@ enum Request {
 }
 
 /// Ends runs now. Interrupted, the kill stays in force.
-pub async fn kill(settings: &Settings, arguments: &Kill) -> Result<u8, Failure> {
+pub(super) async fn kill(settings: &Settings, arguments: &Kill) -> Result<u8, Failure> {
     let reason = input::reason(arguments.reason.as_deref())?;
     let client = settings.connect().await?;
     if arguments.no_block {

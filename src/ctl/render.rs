@@ -14,7 +14,7 @@ use crate::model::name::RoleName;
 const SHORT: usize = 8;
 
 /// The last digits of an id.
-pub fn short(id: &str) -> &str {
+pub(super) fn short(id: &str) -> &str {
     id.char_indices()
         .rev()
         .nth(SHORT - 1)
@@ -22,7 +22,7 @@ pub fn short(id: &str) -> &str {
 }
 
 /// `workflow list`: a table, header included; `now` in µs since the epoch.
-pub fn list(runs: &[Run], now: u64) -> String {
+pub(super) fn list(runs: &[Run], now: u64) -> String {
     const HEADER: [&str; 8] = [
         "RUN", "WORKFLOW", "STATUS", "EXIT", "RESULT", "ROUNDS", "CREATED", "TIME",
     ];
@@ -59,7 +59,7 @@ fn duration(run: &Run, now: u64) -> Option<String> {
 }
 
 /// The line that says how a run ended: `run 3fa9c1d2 failed (2, max-rounds)`.
-pub fn end(run: &Run) -> String {
+pub(super) fn end(run: &Run) -> String {
     let mut text = format!(
         "run {} {} ({})",
         line(short(&run.run)),
@@ -73,7 +73,7 @@ pub fn end(run: &Run) -> String {
 }
 
 /// What a kill that came too late says.
-pub fn already_ended(run: &Run, now: u64) -> String {
+pub(super) fn already_ended(run: &Run, now: u64) -> String {
     let when = run
         .ended_at
         .map_or(String::new(), |at| format!(", {}", ago(at, now)));
@@ -98,7 +98,7 @@ fn facts(run: &Run) -> String {
 }
 
 /// `workflow show`: an aligned block, then the prompt, then the events.
-pub fn show(run: &Run, now: u64) -> String {
+pub(super) fn show(run: &Run, now: u64) -> String {
     let mut fields = vec![("Run", run.run.clone()), ("Workflow", run.workflow.clone())];
     fields.push((
         "Status",
@@ -202,7 +202,7 @@ fn indented(text: &str) -> String {
 }
 
 /// `thread`: each message under a line that says whose it is; of a round that failed also why, and its stderr's tail.
-pub fn thread(rounds: &[Round]) -> String {
+pub(super) fn thread(rounds: &[Round]) -> String {
     let mut text = String::new();
     for round in rounds {
         if !text.is_empty() {
@@ -244,7 +244,7 @@ fn push_lines(text: &mut String, prefix: &str, content: &str) {
 }
 
 /// `status`: nerve, its workflows, and what is wrong with their definitions.
-pub fn status(status: &ManagerStatus, now: u64) -> String {
+pub(super) fn status(status: &ManagerStatus, now: u64) -> String {
     const HEADER: [&str; 6] = [
         "WORKFLOW",
         "WORKER",
@@ -307,7 +307,7 @@ pub(super) mod tests {
     const CREATED: u64 = 1_795_170_982_000_000;
     const NOW: u64 = CREATED + 300_000_000;
 
-    pub fn queued() -> Run {
+    pub(in crate::ctl) fn queued() -> Run {
         Run {
             run: "01930000000070008000000077e0b454".to_owned(),
             workflow: "check-host".to_owned(),
@@ -317,7 +317,7 @@ pub(super) mod tests {
         }
     }
 
-    pub fn ended() -> Run {
+    pub(in crate::ctl) fn ended() -> Run {
         Run {
             run: "0193000000007000800000003fa9c1d2".to_owned(),
             workflow: "fix-failing-test".to_owned(),

@@ -11,7 +11,7 @@ use crate::model::name::RunId;
 use crate::model::run::Status;
 
 /// Starts a run, prints its id, and with `--wait` follows it to its end.
-pub async fn start(settings: &Settings, arguments: &Start) -> Result<u8, Failure> {
+pub(super) async fn start(settings: &Settings, arguments: &Start) -> Result<u8, Failure> {
     let workflow = input::workflow(&arguments.workflow)?;
     let prompt = input::prompt(arguments)?;
     let client = settings.connect().await?;

@@ -6,13 +6,13 @@ use std::fmt::Write;
 /// What roles, clients or the other end of the bus wrote, for a terminal: control characters other than line feed and
 /// tab, and what would reorder the line (bidirectional overrides), are escaped.
 #[must_use]
-pub fn block(text: &str) -> Cow<'_, str> {
+pub(super) fn block(text: &str) -> Cow<'_, str> {
     escape(text, |c| c != '\n' && c != '\t' && is_unsafe(c))
 }
 
 /// The same for what has to stay on one line.
 #[must_use]
-pub fn line(text: &str) -> Cow<'_, str> {
+pub(super) fn line(text: &str) -> Cow<'_, str> {
     escape(text, is_unsafe)
 }
 
@@ -39,7 +39,7 @@ fn is_unsafe(c: char) -> bool {
 /// A table: each column as wide as its widest cell, two spaces between, nothing cut off, nothing after the last cell
 /// of a line. Columns of `right` are aligned to the right.
 #[must_use]
-pub fn table(header: &[&str], right: &[&str], rows: &[Vec<String>]) -> String {
+pub(super) fn table(header: &[&str], right: &[&str], rows: &[Vec<String>]) -> String {
     let width = |text: &str| text.chars().count();
     let mut widths: Vec<usize> = header.iter().map(|title| width(title)).collect();
     for row in rows {
@@ -68,7 +68,7 @@ pub fn table(header: &[&str], right: &[&str], rows: &[Vec<String>]) -> String {
 
 /// A span of time in systemd's words, its two largest units: `2h 5min`, `31.2s`, `840ms`.
 #[must_use]
-pub fn span(us: u64) -> String {
+pub(super) fn span(us: u64) -> String {
     const UNITS: [(u64, &str); 4] = [(86_400, "d"), (3_600, "h"), (60, "min"), (1, "s")];
     let seconds = us / 1_000_000;
     if seconds == 0 {
@@ -103,7 +103,7 @@ pub fn span(us: u64) -> String {
 
 /// How long ago: `5min ago`; what a clock that was set back puts into the future is `now`.
 #[must_use]
-pub fn ago(then: u64, now: u64) -> String {
+pub(super) fn ago(then: u64, now: u64) -> String {
     match now.saturating_sub(then) {
         us if us < 1_000_000 => "now".to_owned(),
         // Tenths of a second are noise here.
@@ -113,7 +113,7 @@ pub fn ago(then: u64, now: u64) -> String {
 
 /// A time of day: `2026-11-20 10:36:22 UTC`.
 #[must_use]
-pub fn time(us: u64) -> String {
+pub(super) fn time(us: u64) -> String {
     let seconds = us / 1_000_000;
     let (days, of_day) = (seconds / 86_400, seconds % 86_400);
     let (year, month, day) = date(days);

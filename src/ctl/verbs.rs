@@ -1,6 +1,7 @@
 //! The verbs that only look: `workflow list`, `workflow show`, `thread`, `logs`, `validate`, `status`.
 
 use std::ffi::OsStr;
+use std::fmt::Write as _;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
@@ -15,7 +16,7 @@ use crate::config::directory::{self, Found, Trust};
 use crate::model::name::{RunId, WorkflowName};
 
 /// `nervectl workflow list`
-pub async fn list(settings: &Settings, arguments: &List) -> Result<u8, Failure> {
+pub(super) async fn list(settings: &Settings, arguments: &List) -> Result<u8, Failure> {
     let workflow = arguments
         .workflow
         .as_deref()
@@ -42,7 +43,7 @@ pub async fn list(settings: &Settings, arguments: &List) -> Result<u8, Failure> 
 }
 
 /// `nervectl workflow show`
-pub async fn show(settings: &Settings, arguments: &Show) -> Result<u8, Failure> {
+pub(super) async fn show(settings: &Settings, arguments: &Show) -> Result<u8, Failure> {
     let tail = input::run(&arguments.run)?;
     let run = settings.connect().await?.run(&tail).await?;
     match arguments.output {
@@ -53,7 +54,7 @@ pub async fn show(settings: &Settings, arguments: &Show) -> Result<u8, Failure> 
 }
 
 /// `nervectl thread`
-pub async fn thread(settings: &Settings, arguments: &Thread) -> Result<u8, Failure> {
+pub(super) async fn thread(settings: &Settings, arguments: &Thread) -> Result<u8, Failure> {
     let tail = input::run(&arguments.run)?;
     let rounds = settings
         .connect()
@@ -68,14 +69,14 @@ pub async fn thread(settings: &Settings, arguments: &Thread) -> Result<u8, Failu
 }
 
 /// `nervectl status`
-pub async fn status(settings: &Settings) -> Result<u8, Failure> {
+pub(super) async fn status(settings: &Settings) -> Result<u8, Failure> {
     let status = settings.connect().await?.status().await?;
     print(&render::status(&status, now()))?;
     Ok(0)
 }
 
 /// `nervectl logs`: becomes journalctl, whose exit status is the answer.
-pub async fn logs(settings: &Settings, arguments: &Logs) -> Result<u8, Failure> {
+pub(super) async fn logs(settings: &Settings, arguments: &Logs) -> Result<u8, Failure> {
     let tail = input::run(&arguments.run)?;
     let run = settings.connect().await?.run(&tail).await?;
     let error = journalctl(&run, arguments)?.exec();
@@ -114,7 +115,7 @@ fn journalctl(run: &Run, arguments: &Logs) -> Result<Command, Failure> {
 }
 
 /// `nervectl validate`: says all that is wrong with all files, or with what nerve would read.
-pub fn validate(settings: &Settings, arguments: &Validate) -> Result<u8, Failure> {
+pub(super) fn validate(settings: &Settings, arguments: &Validate) -> Result<u8, Failure> {
     let verdict = Verdict::on(settings, &arguments.files);
     if !verdict.wrong.is_empty() {
         note(verdict.wrong.trim_end());
@@ -183,7 +184,7 @@ impl Verdict {
 
     fn add(&mut self, diagnostics: &[Diagnostic]) {
         for diagnostic in diagnostics {
-            self.wrong.push_str(&format!("{diagnostic}\n"));
+            let _ = writeln!(self.wrong, "{diagnostic}");
         }
         self.errors += diagnostics
             .iter()

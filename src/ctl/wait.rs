@@ -14,7 +14,11 @@ use crate::model::name::RunId;
 use crate::model::run::Status;
 
 /// The run, once it has ended. Connects anew, for ever, when the bus goes away.
-pub async fn until_ended(settings: &Settings, client: Client, id: RunId) -> Result<Run, CallError> {
+pub(super) async fn until_ended(
+    settings: &Settings,
+    client: Client,
+    id: RunId,
+) -> Result<Run, CallError> {
     let mut client = Some(client);
     let mut pause = RECONNECT.0;
     loop {
@@ -78,14 +82,14 @@ fn calls_for_a_question(change: &Change) -> bool {
 }
 
 /// SIGINT and SIGTERM, while one waits for something that goes on without us.
-pub struct Interrupts {
+pub(super) struct Interrupts {
     interrupt: Signal,
     terminate: Signal,
 }
 
 impl Interrupts {
     /// From now on neither ends the process.
-    pub fn new() -> io::Result<Self> {
+    pub(super) fn new() -> io::Result<Self> {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
@@ -93,7 +97,7 @@ impl Interrupts {
     }
 
     /// What `future` gives; `Err` with the exit status 128 + the signal's number when that comes first.
-    pub async fn or<T>(&mut self, future: impl Future<Output = T>) -> Result<T, u8> {
+    pub(super) async fn or<T>(&mut self, future: impl Future<Output = T>) -> Result<T, u8> {
         tokio::select! {
             biased;
             output = future => Ok(output),
@@ -117,18 +121,27 @@ mod tests {
     const ID: &str = "0193000000007000800000003fa9c1d2";
 
     /// What a bus needs to be one for a client.
-    struct Bus;
+    #[derive(Default)]
+    struct Bus {
+        clients: u32,
+        rules: Vec<String>,
+    }
 
     #[zbus::interface(name = "org.freedesktop.DBus")]
     impl Bus {
-        fn hello(&self) -> &str {
-            ":1.1"
+        fn hello(&mut self) -> String {
+            self.clients += 1;
+            format!(":1.{}", self.clients)
         }
-        fn add_match(&self, _rule: &str) {}
-        fn remove_match(&self, _rule: &str) {}
+        fn add_match(&mut self, rule: String) {
+            self.rules.push(rule);
+        }
+        fn remove_match(&mut self, rule: String) {
+            self.rules.retain(|known| *known != rule);
+        }
     }
 
-    /// The next answers to GetRun; each question is reported.
+    /// The next answers to `GetRun`; each question is reported.
     struct Manager {
         answers: Arc<Mutex<Vec<fdo::Result<Run>>>>,
         asked: mpsc::UnboundedSender<()>,
@@ -182,7 +195,7 @@ mod tests {
             connection::Builder::unix_stream(stream.into_std().unwrap())
                 .server(zbus::Guid::generate())
                 .p2p()
-                .serve_at("/org/freedesktop/DBus", Bus)
+                .serve_at("/org/freedesktop/DBus", Bus::default())
                 .serve_at(PATH, manager)
                 .build()
                 .await
@@ -194,13 +207,13 @@ mod tests {
         }
     }
 
-    fn run(status: &str, exit_code: Option<i32>) -> fdo::Result<Run> {
-        Ok(Run {
+    fn run(status: &str, exit_code: Option<i32>) -> Run {
+        Run {
             run: ID.to_owned(),
             status: status.to_owned(),
             exit_code,
             ..Run::default()
-        })
+        }
     }
 
     fn away() -> fdo::Result<Run> {
@@ -273,7 +286,7 @@ mod tests {
 
     #[tokio::test]
     async fn it_asks_once_and_then_when_the_run_has_ended() {
-        let fake = Fake::new(vec![run("queued", None), run("failed", Some(2))]);
+        let fake = Fake::new(vec![Ok(run("queued", None)), Ok(run("failed", Some(2)))]);
         let ended = wait_during(fake, async |fake| {
             let bus = fake.accept().await;
             fake.question().await;
@@ -289,8 +302,8 @@ mod tests {
         let fake = Fake::new(vec![
             died(),
             away(),
-            run("started", None),
-            run("completed", Some(0)),
+            Ok(run("started", None)),
+            Ok(run("completed", Some(0))),
         ]);
         let ended = wait_during(fake, async |fake| {
             let bus = fake.accept().await;
@@ -308,9 +321,9 @@ mod tests {
     #[tokio::test]
     async fn it_survives_the_bus() {
         let fake = Fake::new(vec![
-            run("started", None),
-            run("started", None),
-            run("crashed", Some(255)),
+            Ok(run("started", None)),
+            Ok(run("started", None)),
+            Ok(run("crashed", Some(255))),
         ]);
         let ended = wait_during(fake, async |fake| {
             let bus = fake.accept().await;
