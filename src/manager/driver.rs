@@ -9,7 +9,7 @@
 //! Nothing is answered and nothing is done before its event is committed. When a commit fails the driver ends with an
 //! error and nerved with it: what is on disk is found by recovery.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ use super::link::Outbox;
 use crate::engine::{Action, Answer, Dispatch, Engine, Input, LinkId, Now, Order, Ticket, Turn};
 use crate::model::message::Message;
 use crate::model::name::{RunId, WorkflowName};
-use crate::model::run::Status;
+use crate::model::run::{RunEvent, Status};
 use crate::model::workflow::WorkerSettings;
 use crate::os::cgroup::Cgroup;
 use crate::os::clock;
@@ -187,7 +187,24 @@ impl Driver {
             actions,
         } = self.engine.take_turn();
         if !events.is_empty() {
-            let announced: Vec<_> = runs.values().map(|run| (run.id, run.status())).collect();
+            // A status only changes by these; a round or a dispatch is nobody's news.
+            let is_news = |event: &RunEvent| {
+                !matches!(
+                    event,
+                    RunEvent::Dispatched { .. }
+                        | RunEvent::ThreadWorkflowMessage { .. }
+                        | RunEvent::WorkerLost { .. }
+                )
+            };
+            let changed: BTreeSet<_> = events
+                .iter()
+                .filter(|staged| is_news(&staged.event))
+                .map(|staged| staged.run)
+                .collect();
+            let announced: Vec<_> = changed
+                .iter()
+                .filter_map(|id| Some((*id, runs.get(id)?.status())))
+                .collect();
             for staged in &events {
                 tracing::debug!(run_id = %staged.run, event = staged.event.name(), "event");
             }

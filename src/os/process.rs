@@ -1,11 +1,14 @@
 //! Starting a process right into a cgroup, and waiting for its end by pidfd.
 //!
 //! clone3(2) with CLONE_INTO_CGROUP: the child is born in its cgroup. Moving it afterwards would leave a moment in
-//! which its own children escape, and costs milliseconds on a busy machine.
+//! which its own children escape, and costs milliseconds on a busy machine. CLONE_VM and CLONE_VFORK make it as cheap as
+//! posix_spawn(3), which cannot do this in the C libraries nerve is built for.
 
+use std::arch::asm;
+use std::cell::Cell;
 use std::ffi::{CString, OsStr};
-use std::io::{self, Read as _};
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::ptr;
@@ -19,6 +22,8 @@ use crate::model::exit::Exit;
 /// `libc` has these as 32-bit numbers, which they are not.
 const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+/// The child's stack until exec: a few system calls deep.
+const STACK_WORDS: usize = 2_048;
 
 /// What to execute.
 #[derive(Debug)]
@@ -47,62 +52,43 @@ impl Command<'_> {
     /// # Errors
     /// When there is no such program or directory, or no process to be had. Then nothing is running.
     pub fn start(&self) -> io::Result<Child> {
-        let program = self.program()?;
         let argv = c_strings(self.argv.iter().map(|word| word.as_bytes().to_vec()))?;
-        let environment = self
-            .environment
-            .iter()
-            .map(|(name, value)| format!("{name}={value}").into_bytes());
-        let environment = c_strings(environment)?;
-        let directory = c_string(self.directory.as_os_str().as_bytes().to_vec())?;
-        let (argv, environment) = (pointers(&argv), pointers(&environment));
-        let (report, reporter) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
-
+        let environment = self.environment.iter();
+        let environment =
+            c_strings(environment.map(|(name, value)| format!("{name}={value}").into_bytes()))?;
+        let birth = Birth {
+            program: self.program()?,
+            argv: pointers(&argv),
+            environment: pointers(&environment),
+            directory: c_string(self.directory.as_os_str().as_bytes().to_vec())?,
+            stdio: self.stdio.map(|fd| fd.as_raw_fd()),
+            errno: Cell::new(0),
+        };
+        let mut stack = vec![0_u128; STACK_WORDS];
         let mut pidfd: libc::c_int = -1;
         // SAFETY: all-zero is a valid clone_args.
         let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
-        // CLEAR_SIGHAND: a signal that comes before exec must not run our handlers. VFORK: nothing is gained by going
-        // on before exec, whose outcome is waited for.
-        arguments.flags = (libc::CLONE_PIDFD | libc::CLONE_VFORK) as u64
-            | CLONE_INTO_CGROUP
-            | CLONE_CLEAR_SIGHAND;
-        arguments.pidfd = (&raw mut pidfd) as u64;
-        arguments.exit_signal = libc::SIGCHLD as u64;
-        arguments.cgroup = u64::try_from(self.cgroup.as_raw_fd()).unwrap_or_default();
-        // SAFETY: without CLONE_VM this is a fork; the child below makes system calls on memory made before, and
-        // nothing else.
-        let pid = unsafe {
-            libc::syscall(
-                libc::SYS_clone3,
-                &raw mut arguments,
-                size_of_val(&arguments),
-            )
-        };
-        match pid {
-            -1 => return Err(io::Error::last_os_error()),
-            0 => {
-                let stdio = self.stdio.map(|fd| fd.as_raw_fd());
-                // SAFETY: we are the child; all pointers are to memory that lives until exec or exit.
-                unsafe {
-                    become_program(
-                        &program,
-                        &argv,
-                        &environment,
-                        &directory,
-                        stdio,
-                        reporter.as_raw_fd(),
-                    )
-                }
-            }
-            _ => {}
+        // CLEAR_SIGHAND: a signal that comes before exec must not run our handlers.
+        let flags = libc::CLONE_PIDFD | libc::CLONE_VM | libc::CLONE_VFORK;
+        arguments.flags = u64::from(flags.unsigned_abs()) | CLONE_INTO_CGROUP | CLONE_CLEAR_SIGHAND;
+        arguments.pidfd = &raw mut pidfd as u64;
+        arguments.exit_signal = u64::from(libc::SIGCHLD.unsigned_abs());
+        arguments.stack = stack.as_mut_ptr() as u64;
+        arguments.stack_size = size_of_val(stack.as_slice()) as u64;
+        arguments.cgroup = u64::from(self.cgroup.as_raw_fd().unsigned_abs());
+        // SAFETY: the child runs `become_program` on a stack of its own; until it is done with our memory, by exec or
+        // exit, CLONE_VFORK holds this thread here, so all that `birth` points to lives.
+        let result = unsafe { clone(&mut arguments, &birth) };
+        if result < 0 {
+            return Err(io::Error::from_raw_os_error(
+                i32::try_from(-result).unwrap_or(libc::EINVAL),
+            ));
         }
-        drop(reporter);
         // SAFETY: the kernel made this descriptor for us.
         let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
-        let mut errno = [0; 4];
-        if std::fs::File::from(report).read_exact(&mut errno).is_ok() {
+        if birth.errno.get() != 0 {
             let _ = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
-            return Err(io::Error::from_raw_os_error(i32::from_ne_bytes(errno)));
+            return Err(io::Error::from_raw_os_error(birth.errno.get()));
         }
         // SAFETY: an `OwnedFd` keeps its descriptor open until it is dropped.
         let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
@@ -137,36 +123,91 @@ impl Command<'_> {
     }
 }
 
-/// The child's way from clone to exec.
+/// All that the child needs, made before it is born: it may not allocate.
+struct Birth {
+    program: CString,
+    argv: Vec<*const libc::c_char>,
+    environment: Vec<*const libc::c_char>,
+    directory: CString,
+    stdio: [libc::c_int; 3],
+    /// Why there is no program, if so.
+    errno: Cell<libc::c_int>,
+}
+
+/// clone3(2) with a stack for the child, which calls [`become_program`]. Returns the child's pid, or minus the error.
 ///
 /// # Safety
-/// To be called in a fresh child only; every pointer in `argv` and `environment` is valid, and each list ends with a
-/// null pointer.
-unsafe fn become_program(
-    program: &CString,
-    argv: &[*const libc::c_char],
-    environment: &[*const libc::c_char],
-    directory: &CString,
-    stdio: [libc::c_int; 3],
-    reporter: libc::c_int,
-) -> ! {
-    // SAFETY: system calls on memory that the parent prepared.
+/// `arguments` has a stack, and flags under which `birth` outlives the child's use of it.
+unsafe fn clone(arguments: &mut libc::clone_args, birth: &Birth) -> isize {
+    let result: isize;
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the parent only gets its result; the child starts on an aligned stack and never comes back.
+    unsafe {
+        asm!(
+            "syscall",
+            "test rax, rax",
+            "jnz 2f",
+            "xor ebp, ebp",
+            "mov rdi, r12",
+            "call r13",
+            "ud2",
+            "2:",
+            inlateout("rax") libc::SYS_clone3 as isize => result,
+            in("rdi") ptr::from_mut(arguments),
+            in("rsi") size_of::<libc::clone_args>(),
+            in("r12") ptr::from_ref(birth),
+            in("r13") become_program as extern "C" fn(&Birth) -> !,
+            lateout("rcx") _,
+            lateout("r11") _,
+        );
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: as above.
+    unsafe {
+        asm!(
+            "svc 0",
+            "cbnz x0, 2f",
+            "mov x29, xzr",
+            "mov x0, x20",
+            "blr x21",
+            "brk 1",
+            "2:",
+            inlateout("x0") ptr::from_mut(arguments) => result,
+            in("x1") size_of::<libc::clone_args>(),
+            in("x8") libc::SYS_clone3,
+            in("x20") ptr::from_ref(birth),
+            in("x21") become_program as extern "C" fn(&Birth) -> !,
+        );
+    }
+    result
+}
+
+/// The child's way from clone to exec: system calls on memory that was made before, and nothing else.
+extern "C" fn become_program(birth: &Birth) -> ! {
+    // SAFETY: every pointer is to a C string or a list that ends with a null pointer, and the parent keeps them.
     unsafe {
         libc::setsid();
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut none);
         libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut());
         // The Rust runtime ignores SIGPIPE, and what is ignored stays so across exec.
-        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+        let mut default: libc::sigaction = std::mem::zeroed();
+        default.sa_sigaction = libc::SIG_DFL;
+        libc::sigaction(libc::SIGPIPE, &raw const default, ptr::null_mut());
         // Descriptors 0 to 2 of a service are open, so none of these three is in the way of another.
-        let connected = (0..)
-            .zip(stdio)
-            .all(|(number, fd)| libc::dup2(fd, number) == number);
-        if connected && libc::chdir(directory.as_ptr()) == 0 {
-            libc::execve(program.as_ptr(), argv.as_ptr(), environment.as_ptr());
+        let [stdin, stdout, stderr] = birth.stdio;
+        if libc::dup2(stdin, 0) == 0
+            && libc::dup2(stdout, 1) == 1
+            && libc::dup2(stderr, 2) == 2
+            && libc::chdir(birth.directory.as_ptr()) == 0
+        {
+            libc::execve(
+                birth.program.as_ptr(),
+                birth.argv.as_ptr(),
+                birth.environment.as_ptr(),
+            );
         }
-        let errno = (*libc::__errno_location()).to_ne_bytes();
-        libc::write(reporter, errno.as_ptr().cast(), errno.len());
+        birth.errno.set(*libc::__errno_location());
         libc::_exit(127)
     }
 }

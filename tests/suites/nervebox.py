@@ -139,16 +139,12 @@ def define(name, definition, directory=WORKFLOWS):
 
 
 def load(definitions):
-    """Kills what runs, stops all workers, and starts nerve with just these definitions ({name: text or dict})."""
+    """Starts nerve anew with just these definitions ({name: text or dict}), an empty store and no workers. Whatever
+    state the tests before have left it in, they cannot spoil those that follow."""
     sweep()
-    SCRATCH.mkdir(parents=True, exist_ok=True)
-    SCRATCH.chmod(0o1777)
-    for path in SCRATCH.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    shutil.rmtree(WORKFLOWS, ignore_errors=True)
     for name, definition in definitions.items():
         define(name, definition)
-    restart_nerve()
+    systemctl("start", "nerve.service")
 
 
 def restart_nerve():
@@ -157,14 +153,18 @@ def restart_nerve():
 
 
 def sweep():
-    """Ends all open runs and all workers, so that nothing of one class is there in the next one."""
-    if systemctl("is-active", "nerve.service", check=False).returncode != 0:
-        systemctl("start", "nerve.socket", "nerve.service")
-    open_runs = [run["run"] for run in listed("--active", "-n", "10000")]
-    if open_runs:
-        ctl("workflow", "kill", "--grace", "0", *open_runs, check=False)
-    systemctl("stop", "nerve-wf@*.service", check=False)
+    """Stops nerve and all workers, and removes store, definitions and the roles' files."""
+    systemctl("stop", "nerve.service")
+    systemctl("stop", "nerve-wf@*.service")
     systemctl("reset-failed", "nerve-wf@*.service", check=False)
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    SCRATCH.chmod(0o1777)
+    WORKFLOWS.mkdir(parents=True, exist_ok=True)
+    for path in [*STATE.iterdir(), *SCRATCH.iterdir(), *WORKFLOWS.iterdir()]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 class Case(unittest.TestCase):
@@ -178,7 +178,7 @@ class Case(unittest.TestCase):
 
     @classmethod
     def tearDownClass(cls):
-        sweep()
+        load({})
 
     def scratch(self):
         """A fresh directory below SCRATCH that every user may write to, but for the sandbox of the worker: see WRITES."""
