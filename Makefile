@@ -73,5 +73,5 @@ install:
 
 uninstall:
 	@$(FILES) | while read -r mode to from; do rm -f "$(DESTDIR)$$to"; done
-	@for d in $(LIBEXECDIR) $(DOCDIR) $(PREFIX)/lib/nerve/workflows $(PREFIX)/lib/nerve $(UNITDIR)/nerve-wf@.service.d; do \
-	    [ ! -d "$(DESTDIR)$$d" ] || rmdir --ignore-fail-on-non-empty "$(DESTDIR)$$d"; done
+	@for d in $(LIBEXECDIR) $(DOCDIR) $(PREFIX)/lib/nerve $(UNITDIR)/nerve-wf@.service.d; do \
+	    [ ! -d "$(DESTDIR)$$d" ] || find "$(DESTDIR)$$d" -depth -type d -empty -delete; done

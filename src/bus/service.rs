@@ -20,7 +20,7 @@ use crate::engine::Answer;
 use crate::manager::handle::{Gone, Handle};
 use crate::model::limits;
 use crate::model::name::{RunId, RunTail, WorkflowName};
-use crate::model::run::{Accepted, KillRequest, RunEvent, Status};
+use crate::model::run::{Accepted, KillRequest, Status};
 use crate::store::{self, EventRow, Found, RunFilter, RunRow, ThreadRange};
 use crate::systemd::Systemd;
 
@@ -151,25 +151,25 @@ impl Manager {
             .call(move |store| store.events(id))
             .await
             .map_err(unreadable)?;
-        let prompt = events
-            .iter()
-            .find_map(|event| match serde_json::from_str(&event.payload) {
-                Ok(RunEvent::Queued(accepted)) => Some(accepted.prompt),
-                _ => None,
-            });
+        let only_start = ThreadRange {
+            before: Some(1),
+            ..ThreadRange::default()
+        };
+        let start = self.store.call(move |store| store.thread(id, &only_start));
+        let start = start.await.map_err(unreadable)?.into_iter().next();
         let unit = row
             .workflow
             .parse::<WorkflowName>()
             .ok()
             .map(|workflow| workflow.unit());
         Ok(Run {
-            prompt,
+            prompt: start.map(|start| start.message.content),
             max_rounds: row.max_rounds,
             dry_run: Some(row.dry_run),
             trigger: Some(row.trigger.clone()),
             definition: row.definition.clone(),
             unit,
-            events: Some(events.into_iter().map(summary).collect()),
+            events: Some(events.into_iter().map(event).collect()),
             ..summarised(row)
         })
     }
@@ -353,23 +353,11 @@ fn summarised(row: RunRow) -> Run {
     }
 }
 
-/// An event without what is large and said elsewhere: the prompt, and the content of messages.
-fn summary(event: EventRow) -> Event {
-    let mut payload: serde_json::Value = serde_json::from_str(&event.payload).unwrap_or_default();
-    if let Some(object) = payload.as_object_mut() {
-        object.remove("type");
-        object.remove("prompt");
-        if let Some(message) = object
-            .get_mut("message")
-            .and_then(|message| message.as_object_mut())
-        {
-            message.remove("content");
-        }
-    }
+fn event(row: EventRow) -> Event {
     Event {
-        seq: event.seq,
-        kind: event.event_type,
-        timestamp: event.timestamp,
-        payload: payload.to_string(),
+        seq: row.seq,
+        kind: row.event_type,
+        timestamp: row.timestamp,
+        payload: row.payload,
     }
 }

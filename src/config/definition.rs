@@ -17,6 +17,7 @@ use super::roles;
 use super::routes;
 use super::unit_settings;
 use super::yaml::{self, Content, Node, Place};
+use crate::model::hex::hex;
 use crate::model::limits;
 use crate::model::name::WorkflowName;
 use crate::model::run::Digest;
@@ -68,16 +69,13 @@ pub(super) enum HostCheck {
     Executable { role: String, path: String },
     User(String),
     Group(String),
+    Path(String),
 }
 
 /// The sha256 of a definition's bytes, as 64 hex digits.
 #[must_use]
 pub fn digest(bytes: &[u8]) -> Digest {
-    let mut hex = String::with_capacity(64);
-    for byte in Sha256::digest(bytes) {
-        let _ = write!(hex, "{byte:02x}");
-    }
-    hex
+    hex(&Sha256::digest(bytes))
 }
 
 /// Reads a definition. `path` is for the diagnostics; `stem` is what the name must be, if it must be something.
@@ -339,6 +337,14 @@ fn worker(
         .filter(|_| settings.user.is_some());
     host_checks
         .extend(group.filter_map(|group| Some((place("Group")?, HostCheck::Group(group.clone())))));
+    for (key, paths) in [
+        ("ReadWritePaths", &settings.read_write_paths),
+        ("ReadOnlyPaths", &settings.read_only_paths),
+    ] {
+        let paths = paths.iter().filter(|path| path.starts_with('/'));
+        host_checks
+            .extend(paths.filter_map(|path| Some((place(key)?, HostCheck::Path(path.clone())))));
+    }
     let groups = settings.supplementary_groups.iter().filter(named);
     let group = |group: &String| {
         Some((
@@ -388,6 +394,14 @@ fn host_warnings_in(parsed: &Parsed, root: &Path) -> Vec<Diagnostic> {
                         message,
                         "install it, or its rounds end in exec-failed",
                     );
+                }
+                continue;
+            }
+            HostCheck::Path(path) => {
+                if !below(path).exists() {
+                    let message = format!("{} does not exist on this machine", quoted(path));
+                    let help = "make it, or write -PATH to go without; systemd refuses the worker otherwise";
+                    reader.warning(*place, message, help);
                 }
                 continue;
             }

@@ -413,7 +413,7 @@ mod tests {
             ("{{ debug() }}", "line 1 of the prompt: "),
             (
                 "{% for a in range(9999) %}{% for a in range(9999) %}{% endfor %}{% endfor %}",
-                "more than 1000000 instructions",
+                "more than 100000 instructions",
             ),
             (
                 "{% for a in range(5000) %}{{ 'x' * 1000 }}{% endfor %}",

@@ -72,11 +72,9 @@ pub(super) fn read(reader: &mut Reader, node: &Node) -> WorkerSettings {
     if let Some(entry) = entry("Environment") {
         settings.environment = environment(reader, entry);
     }
-    // A dynamic user has a private /tmp in any case.
-    let private_tmp = entry("User").is_none();
     let mut paths = |key: &str| match entry(key) {
         Some(entry) => {
-            let paths = several(reader, entry, |text| path(text, private_tmp));
+            let paths = several(reader, entry, path);
             paths.into_iter().map(|(_, path)| path).collect()
         }
         None => Vec::new(),
@@ -225,7 +223,7 @@ fn assignment(word: &str) -> Result<(), String> {
     Ok(())
 }
 
-fn path(text: &str, private_tmp: bool) -> Result<(), String> {
+fn path(text: &str) -> Result<(), String> {
     let shown = quoted(text);
     let path = text.strip_prefix('-').unwrap_or(text);
     if path.starts_with('+') {
@@ -248,9 +246,9 @@ fn path(text: &str, private_tmp: bool) -> Result<(), String> {
         .split('/')
         .filter(|part| !part.is_empty() && *part != ".")
         .collect();
-    if private_tmp && matches!(components.as_slice(), ["tmp", ..] | ["var", "tmp", ..]) {
+    if matches!(components.as_slice(), ["tmp", ..] | ["var", "tmp", ..]) {
         return Err(format!(
-            "{shown} has no effect: a dynamic user has a /tmp of its own; set User, or use another path"
+            "{shown} has no effect: every worker has a /tmp of its own; use another path"
         ));
     }
     Ok(())
@@ -323,11 +321,11 @@ mod tests {
             ("Environment:", "Environment is empty"),
             (
                 "ReadWritePaths: /tmp/x",
-                "a dynamic user has a /tmp of its own",
+                "every worker has a /tmp of its own",
             ),
             (
                 "ReadWritePaths: [/srv, -/var//tmp]",
-                "a dynamic user has a /tmp of its own",
+                "every worker has a /tmp of its own",
             ),
             ("ReadWritePaths: srv", "is not absolute"),
             ("ReadWritePaths: +/srv", "remove the +"),
@@ -348,7 +346,7 @@ mod tests {
                 "{text}: {errors:?}"
             );
         }
-        assert!(section("User: build\nReadWritePaths: /tmp/x").is_ok());
+        assert!(section("User: build\nReadWritePaths: /tmp/x").is_err());
         assert!(section("ReadWritePaths: /tmpfiles").is_ok());
     }
 }

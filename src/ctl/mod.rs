@@ -21,6 +21,7 @@ use clap::Parser;
 
 use crate::bus::client::Client;
 use crate::bus::error::CallError;
+use crate::config::directory;
 use cli::{Cli, Command, Workflow};
 
 /// Exit status of a command line that makes no sense.
@@ -37,11 +38,7 @@ struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        let definitions = [
-            "/etc/nerve/workflows",
-            "/run/nerve/workflows",
-            "/usr/lib/nerve/workflows",
-        ];
+        let definitions = directory::STANDARD;
         Self {
             bus: None,
             definitions: definitions.map(PathBuf::from).to_vec(),

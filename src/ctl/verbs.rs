@@ -89,10 +89,8 @@ fn journalctl(run: &Run, arguments: &Logs) -> Result<Command, Failure> {
     let id: RunId = run.run.parse().map_err(|_| misunderstood())?;
     let workflow: WorkflowName = run.workflow.parse().map_err(|_| misunderstood())?;
     let of_run = format!("NERVE_RUN_ID={id}");
-    // A second earlier: the two clocks are read at different places, and the journal's index is coarse.
-    let since = (run.created_at / 1_000_000).saturating_sub(1);
     let mut command = Command::new("journalctl");
-    command.args(["--quiet", "--output=short", &format!("--since=@{since}")]);
+    command.args(["--quiet", "--output=short"]);
     if !is_terminal() {
         command.arg("--no-pager");
     }
@@ -100,9 +98,17 @@ fn journalctl(run: &Run, arguments: &Logs) -> Result<Command, Failure> {
         command.arg("--follow");
     }
     match arguments.lines {
+        // Without a beginning: journalctl of systemd 252 would count the lines from there on.
         Some(lines) => command.arg(format!("--lines={lines}")),
-        None if arguments.follow => command.arg("--no-tail"),
-        None => &mut command,
+        None => {
+            // A second earlier: the two clocks are read at different places, and the journal's index is coarse.
+            let since = (run.created_at / 1_000_000).saturating_sub(1);
+            command.arg(format!("--since=@{since}"));
+            if arguments.follow {
+                command.arg("--no-tail");
+            }
+            &mut command
+        }
     };
     command.args([
         &format!("_SYSTEMD_UNIT={}", workflow.unit()),
@@ -224,8 +230,8 @@ mod tests {
             [
                 "--quiet",
                 "--output=short",
-                "--since=@1795170981",
                 "--follow",
+                "--since=@1795170981",
                 "--no-tail",
                 "_SYSTEMD_UNIT=nerve-wf@fix-failing-test.service",
                 "NERVE_RUN_ID=0193000000007000800000003fa9c1d2",
@@ -239,7 +245,13 @@ mod tests {
             follow: false,
             lines: Some(5),
         };
-        assert!(arguments(&ended(), &logs).contains(&"--lines=5".to_owned()));
+        let newest = arguments(&ended(), &logs);
+        assert!(newest.contains(&"--lines=5".to_owned()));
+        assert!(
+            !newest
+                .iter()
+                .any(|argument| argument.starts_with("--since"))
+        );
     }
 
     #[test]

@@ -227,7 +227,7 @@ enum Breach {
 }
 
 async fn converse(
-    link: LinkId,
+    id: LinkId,
     stream: OwnedReadHalf,
     outbox: Outbox,
     workflow: WorkflowName,
@@ -255,12 +255,12 @@ async fn converse(
         }
     };
     let ready = Input::Ready {
-        link,
+        link: id,
         workflow: workflow.clone(),
         place: place.clone(),
         held,
     };
-    handle.send(Event::Ready(link, outbox, ready)).await;
+    handle.send(Event::Ready(id, outbox, ready)).await;
     while let Some(frame) = protocol::read(&mut reader, &mut line).await? {
         let input = match frame {
             ToManager::ThreadWorkflowMessage {
@@ -268,7 +268,7 @@ async fn converse(
                 round,
                 message,
             } => Input::Message {
-                link,
+                link: id,
                 run: run_id,
                 round,
                 message,
@@ -292,7 +292,7 @@ async fn converse(
                     .is_empty()
                     .unwrap_or(false);
                 Input::Ended {
-                    link,
+                    link: id,
                     run: run_id,
                     result,
                     is_empty,

@@ -1,5 +1,7 @@
 //! Where the programs' own log goes: to the journal, else to stderr. `NERVE_LOG` is the level.
 
+use std::io::IsTerminal as _;
+
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
@@ -19,7 +21,11 @@ pub fn init(identifier: &str) {
             registry.with(layer).init();
         }
         None => registry
-            .with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr))
+            .with(
+                tracing_subscriber::fmt::layer()
+                    .with_ansi(std::io::stderr().is_terminal())
+                    .with_writer(std::io::stderr),
+            )
             .init(),
     }
     if let Err(error) = filter {

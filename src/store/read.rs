@@ -169,13 +169,15 @@ impl Store {
         Ok(runs)
     }
 
-    /// What happened to a run, oldest first.
+    /// What happened to a run, oldest first, without what is large and said elsewhere: the prompt, and what messages
+    /// hold.
     ///
     /// # Errors
     /// When the database cannot be read.
     pub fn events(&self, id: RunId) -> Result<Vec<EventRow>, Error> {
         let mut select = self.connection.prepare_cached(
-            "SELECT seq, type, payload, at FROM events WHERE ref = ?1 ORDER BY seq",
+            "SELECT seq, type, at, json_remove(payload, '$.type', '$.prompt', '$.message.content', '$.message.meta.stderr')
+                 AS payload FROM events WHERE ref = ?1 ORDER BY seq",
         )?;
         let row = |row: &Row<'_>| {
             Ok(EventRow {

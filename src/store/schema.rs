@@ -56,7 +56,7 @@ const MIGRATIONS: [&str; 1] = [
 pub(super) fn migrate(connection: &mut Connection) -> Result<(), Error> {
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Exclusive)?;
     let version: u32 = transaction.query_row("PRAGMA user_version", [], |row| row.get(0))?;
-    let known = MIGRATIONS.len() as u32;
+    let known = u32::try_from(MIGRATIONS.len()).unwrap_or(u32::MAX);
     if version > known {
         return Err(Error::TooNew {
             found: version,

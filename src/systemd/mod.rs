@@ -14,6 +14,7 @@ use zbus::{Connection, MatchRule, MessageStream, message};
 
 use crate::engine::{Unit, UnitState};
 use crate::model::exit::Exit;
+use crate::model::hex::hex;
 use crate::model::name::WorkflowName;
 use crate::model::workflow::WorkerSettings;
 
@@ -205,10 +206,7 @@ impl Systemd {
         let invocation: Vec<u8> = get(&unit, "InvocationID").unwrap_or_default();
         Ok(Some(Identity {
             main_pid: get(&service, "MainPID").unwrap_or_default(),
-            invocation: invocation
-                .iter()
-                .map(|byte| format!("{byte:02x}"))
-                .collect(),
+            invocation: hex(&invocation),
             cgroup: text(&service, "ControlGroup"),
         }))
     }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use sha2::{Digest as _, Sha256};
 use zbus::wire::Variant;
 
+use crate::model::hex::hex;
 use crate::model::limits;
 use crate::model::name::WorkflowName;
 use crate::model::workflow::{Limit, WorkerSettings};
@@ -39,6 +40,8 @@ impl WorkerUnit<'_> {
         let exec = vec![(executable.clone(), vec![executable, name.to_owned()], false)];
         let (limit_interval, limit_burst) = limits::START_LIMIT;
         let mut environment = vec![
+            // First, so that a definition may set another.
+            "LANG=C.UTF-8".to_owned(),
             format!("NERVE_SOCKET={}", self.socket.display()),
             format!("NERVE_WORKFLOW={name}"),
         ];
@@ -122,12 +125,7 @@ fn dynamic_user(workflow: &WorkflowName) -> String {
         return name;
     }
     let digest = Sha256::digest(workflow.as_str());
-    let digits: String = digest
-        .iter()
-        .take(10)
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
-    format!("nw-{digits}")
+    format!("nw-{}", hex(&digest[..10]))
 }
 
 fn resources(settings: &WorkerSettings) -> Vec<(&'static str, Variant<'static>)> {

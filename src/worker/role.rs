@@ -87,11 +87,13 @@ impl Round<'_> {
         let (child, stdin, stdout, stderr) = match self.start() {
             Ok(started) => started,
             Err(error) => {
-                let program = self.role.exec.first().map_or("", String::as_str);
-                return RoundEnd::Said(self.failure(
-                    RunResult::ExecFailed,
-                    &format!("cannot execute {program}: {error}"),
-                ));
+                let why = if self.directory.is_dir() {
+                    let program = self.role.exec.first().map_or("", String::as_str);
+                    format!("cannot execute {program}: {error}")
+                } else {
+                    format!("cannot enter {}: {error}", self.directory.display())
+                };
+                return RoundEnd::Said(failure(self.name, &RunResult::ExecFailed, &why));
             }
         };
         let mut output = Output::default();
@@ -188,7 +190,7 @@ impl Round<'_> {
             }
         };
         let exit = exit.unwrap_or_else(|error| {
-            tracing::error!(run = %self.run, %error, "failed to wait for a role");
+            tracing::error!(run_id = %self.run, %error, "failed to wait for a role");
             Exit::Code(-1)
         });
         if let Some(kill_at) = kill_at {
@@ -201,7 +203,7 @@ impl Round<'_> {
         }
         // A kill that comes now asks for what is being done already, but it decides how the run ends.
         if let Err(error) = self.empty().await {
-            tracing::error!(run = %self.run, %error, "failed to empty the cgroup of a run");
+            tracing::error!(run_id = %self.run, %error, "failed to empty the cgroup of a run");
         }
         while let Ok(order) = orders.try_recv() {
             if matches!(order, Order::Kill { .. }) {
@@ -221,7 +223,7 @@ impl Round<'_> {
 
     fn kill_cgroup(&self) {
         if let Err(error) = self.cgroup.kill() {
-            tracing::error!(run = %self.run, %error, "failed to kill the cgroup of a run");
+            tracing::error!(run_id = %self.run, %error, "failed to kill the cgroup of a run");
         }
     }
 
@@ -302,16 +304,11 @@ impl Round<'_> {
             timestamp: clock::wall_us(),
         }
     }
-
-    /// The message of a round that could not be executed.
-    pub(super) fn failure(&self, result: RunResult, why: &str) -> Message {
-        failure(self.name, result, why)
-    }
 }
 
 /// The message of a round that could not be executed.
-pub(super) fn failure(role: &RoleName, result: RunResult, why: &str) -> Message {
-    let meta = meta(Some(&result), why.as_bytes());
+pub(super) fn failure(role: &RoleName, result: &RunResult, why: &str) -> Message {
+    let meta = meta(Some(result), why.as_bytes());
     Message {
         role: role.to_string(),
         content: String::new(),

@@ -155,7 +155,7 @@ impl Run {
         let Some(role) = self.workflow.roles.get(name) else {
             return RoundEnd::Said(failure(
                 name,
-                RunResult::ExecFailed,
+                &RunResult::ExecFailed,
                 "there is no such role",
             ));
         };
@@ -165,11 +165,11 @@ impl Run {
         });
         let prompt = match rendered.transpose() {
             Ok(prompt) => prompt,
-            Err(error) => return RoundEnd::Said(failure(name, RunResult::TemplateError, &error)),
+            Err(error) => return RoundEnd::Said(failure(name, &RunResult::TemplateError, &error)),
         };
         if let Err(error) = self.prepare() {
             let why = format!("cannot prepare the run's directory and cgroup: {error}");
-            return RoundEnd::Said(failure(name, RunResult::ExecFailed, &why));
+            return RoundEnd::Said(failure(name, &RunResult::ExecFailed, &why));
         }
         let mut environment = self.home.environment.clone();
         environment.extend(

@@ -80,14 +80,12 @@ impl Home {
         }
         let mut environment = process::environment();
         environment.retain(|(name, _)| !NOT_FOR_ROLES.contains(&name.as_str()));
-        let mut set = |name: &str, value: String| {
-            environment.retain(|(known, _)| known != name);
-            environment.push((name.to_owned(), value));
-        };
-        set("LANG", "C.UTF-8".into());
-        // The uids that systemd gives dynamic users; such a user has no home of its own.
+        // The uids that systemd gives dynamic users; such a user has no home, which is said as "/".
         if (61_184..=65_519).contains(&rustix::process::getuid().as_raw()) {
-            set("HOME", state.display().to_string());
+            environment.retain(|(name, value)| name != "HOME" || value != "/");
+            if !environment.iter().any(|(name, _)| name == "HOME") {
+                environment.push(("HOME".to_owned(), state.display().to_string()));
+            }
         }
         Ok(Self {
             workflow,
