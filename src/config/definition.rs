@@ -206,7 +206,7 @@ fn workflow(
     };
     let max_rounds = integer("max_rounds", 1, limits::MAX_ROUNDS);
     let concurrency = integer("concurrency", 1, limits::CONCURRENCY).unwrap_or(1);
-    let max_queue = integer("max_queue", 1, limits::MAX_QUEUE).unwrap_or(limits::DEFAULT_MAX_QUEUE);
+    let max_queue = integer("max_queue", 0, limits::MAX_QUEUE).unwrap_or(limits::DEFAULT_MAX_QUEUE);
     let overflow = overflow(reader, fields);
     let timeout = fields
         .get("timeout")
@@ -900,11 +900,13 @@ worker:
                 "f.yaml:18:12: warning: \"/usr/bin/make\" of role tester does not exist on this machine (install it, or its rounds end in exec-failed)",
                 "f.yaml:24:9: warning: user build is not in /etc/passwd (did you mean built?)",
                 "f.yaml:26:24: warning: group systemd-journal is not in /etc/group (make it, or the worker cannot be started)",
+                "f.yaml:32:19: warning: \"/srv\" does not exist on this machine (make it, or write -PATH to go without; systemd refuses the worker otherwise)",
             ]
         );
         fs::create_dir_all(root.path().join("usr/bin")).unwrap();
         fs::write(root.path().join("usr/bin/make"), "").unwrap();
         fs::remove_file(root.path().join("etc/passwd")).unwrap();
+        fs::create_dir(root.path().join("srv")).unwrap();
         assert_eq!(host_warnings_in(&parsed, root.path()).len(), 1);
     }
 

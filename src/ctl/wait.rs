@@ -136,6 +136,10 @@ mod tests {
         fn add_match(&mut self, rule: String) {
             self.rules.push(rule);
         }
+        #[expect(
+            clippy::needless_pass_by_value,
+            reason = "arguments of an interface are owned"
+        )]
         fn remove_match(&mut self, rule: String) {
             self.rules.retain(|known| *known != rule);
         }

@@ -2,7 +2,7 @@
 //! the end was committed wins.
 
 use super::admission::micros;
-use super::{Action, Answer, Engine, LinkId, Order, Ticket, UnitState};
+use super::{Action, Answer, Cgroup, Engine, Held, LinkId, Order, Ticket, UnitState};
 use crate::model::limits;
 use crate::model::message::Message;
 use crate::model::moderator::{self, Next};
@@ -51,7 +51,7 @@ impl Engine {
                 .saturating_add(grace_us)
                 .saturating_add(micros(limits::KILL_CONFIRM)),
         );
-        let held = open.held;
+        let held = open.held != Held::No;
         let name = open.run.workflow.clone();
         let worker = &self.workflow(&name).worker;
         match worker.link_id() {
@@ -72,7 +72,7 @@ impl Engine {
         let Some(cgroup) = open.place().map(|place| place.of_run(id)) else {
             return;
         };
-        if !std::mem::replace(&mut open.emptying, true) {
+        if std::mem::replace(&mut open.cgroup, Cgroup::Emptying) != Cgroup::Emptying {
             self.act(Action::Empty { run: id, cgroup });
         }
     }
@@ -100,8 +100,7 @@ impl Engine {
         let Some(open) = self.open.get_mut(&id) else {
             return Ok(None);
         };
-        open.emptying = false;
-        open.vacated = true;
+        open.cgroup = Cgroup::Empty;
         let workflow = open.run.workflow.clone();
         if open.is_finishing() {
             self.finish(id)?;
@@ -119,18 +118,13 @@ impl Engine {
             Some((result, detail)) => (result.clone(), detail.clone()),
             None => return Ok(()),
         };
-        let (name, order, held, reported) = (
-            open.run.workflow.clone(),
-            open.order,
-            open.held,
-            open.reported,
-        );
+        let (name, order, held) = (open.run.workflow.clone(), open.order, open.held);
         self.record(id, RunEvent::Ended { result, detail })?;
         self.open.remove(&id);
         let workflow = self.workflow(&name);
         workflow.live.remove(&order);
-        if let Some(link) = workflow.worker.link_id().filter(|_| held) {
-            if !reported {
+        if let Some(link) = workflow.worker.link_id().filter(|_| held != Held::No) {
+            if held == Held::Works {
                 self.tell(
                     link,
                     Order::KillThread {
@@ -208,7 +202,7 @@ impl Engine {
             }
         }
         if let Some(open) = self.open.get_mut(&id) {
-            open.reported = true;
+            open.held = Held::Reported;
             open.ending.get_or_insert((result, None));
         }
         if is_empty {
@@ -226,7 +220,7 @@ impl Engine {
                 .workflows
                 .get(&open.run.workflow)
                 .map(|workflow| &workflow.worker);
-            open.held && worker.and_then(super::worker::Worker::link_id) == Some(link)
+            open.held != Held::No && worker.and_then(super::worker::Worker::link_id) == Some(link)
         });
         if !holds {
             self.tell(

@@ -218,14 +218,10 @@ struct Open {
     order: u64,
     /// The definition it is pinned to, once it left the queue.
     definition: Option<Arc<Definition>>,
-    /// The worker that is connected has it.
-    held: bool,
-    /// The worker reported its end.
-    reported: bool,
-    /// Its cgroup is being emptied.
-    emptying: bool,
-    /// Its cgroup was seen to be empty since it was dispatched.
-    vacated: bool,
+    /// Whether the worker that is connected has it.
+    held: Held,
+    /// What is known of its cgroup.
+    cgroup: Cgroup,
     /// How it ends, as soon as its cgroup is empty.
     ending: Option<(RunResult, Option<String>)>,
     /// When nerved kills the cgroup itself.
@@ -234,16 +230,35 @@ struct Open {
     timeout_at: Option<u64>,
 }
 
+/// Whether the worker that is connected has a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Held {
+    No,
+    /// It works on it.
+    Works,
+    /// It reported the end, and waits for the acknowledgement.
+    Reported,
+}
+
+/// What is known of a run's cgroup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cgroup {
+    /// There may be processes in it.
+    Unknown,
+    /// It is being emptied.
+    Emptying,
+    /// It was seen to be empty, and the run was not dispatched since.
+    Empty,
+}
+
 impl Open {
     fn new(run: Run, order: u64) -> Self {
         Self {
             run,
             order,
             definition: None,
-            held: false,
-            reported: false,
-            emptying: false,
-            vacated: false,
+            held: Held::No,
+            cgroup: Cgroup::Unknown,
             ending: None,
             kill_at: None,
             timeout_at: None,

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use super::admission::micros;
-use super::{Action, Dispatch, Engine, LinkId, Order};
+use super::{Action, Cgroup, Dispatch, Engine, Held, LinkId, Order};
 use crate::model::exit::Exit;
 use crate::model::limits;
 use crate::model::name::{RunId, WorkflowName};
@@ -124,11 +124,14 @@ impl Engine {
             let same = open
                 .place()
                 .is_some_and(|old| old.invocation == place.invocation);
-            open.held = same && held.contains(&id);
-            open.reported = false;
+            open.held = if same && held.contains(&id) {
+                Held::Works
+            } else {
+                Held::No
+            };
             if open.place().is_some() && !same {
                 self.lost(id)?;
-            } else if open.held {
+            } else if open.held == Held::Works {
                 match (&open.run.kill, &open.ending) {
                     (Some(kill), _) => {
                         let grace_us = kill.grace_us;
@@ -188,7 +191,7 @@ impl Engine {
         if self
             .open
             .get(&id)
-            .is_some_and(|open| open.is_finishing() || !open.vacated)
+            .is_some_and(|open| open.is_finishing() || open.cgroup != Cgroup::Empty)
         {
             self.empty(id);
         }
@@ -200,7 +203,7 @@ impl Engine {
         self.workflow(&name).worker.link = None;
         for id in self.live(&name) {
             if let Some(open) = self.open.get_mut(&id) {
-                open.held = false;
+                open.held = Held::No;
             }
         }
         Some(name)
@@ -221,7 +224,9 @@ impl Engine {
                 continue;
             };
             let is_elsewhere = open.place().is_some_and(|old| *old != place);
-            if open.held || open.is_finishing() || is_elsewhere && (open.emptying || !open.vacated)
+            if open.held != Held::No
+                || open.is_finishing()
+                || is_elsewhere && open.cgroup != Cgroup::Empty
             {
                 continue;
             }
@@ -261,8 +266,8 @@ impl Engine {
                 .map(|at| at.saturating_sub(slack).saturating_sub(now)),
             definition,
         };
-        open.held = true;
-        open.vacated = false;
+        open.held = Held::Works;
+        open.cgroup = Cgroup::Unknown;
         self.act(Action::Dispatch { link, dispatch });
     }
 

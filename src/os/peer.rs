@@ -60,8 +60,8 @@ impl Peer {
 
 fn peer_pidfd(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let mut fd: libc::c_int = -1;
-    let mut length = size_of_val(&fd) as libc::socklen_t;
-    // SAFETY: the option (socket(7), Linux 6.5) writes one int, for which there is room.
+    let mut length = libc::socklen_t::from(4_u8);
+    // SAFETY: the option (socket(7), Linux 6.5) writes one int, 4 bytes, for which there is room.
     let result = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),

@@ -138,8 +138,8 @@ struct Birth {
 ///
 /// # Safety
 /// `arguments` has a stack, and flags under which `birth` outlives the child's use of it.
-unsafe fn clone(arguments: &mut libc::clone_args, birth: &Birth) -> isize {
-    let result: isize;
+unsafe fn clone(arguments: &mut libc::clone_args, birth: &Birth) -> libc::c_long {
+    let result: libc::c_long;
     #[cfg(target_arch = "x86_64")]
     // SAFETY: the parent only gets its result; the child starts on an aligned stack and never comes back.
     unsafe {
@@ -152,7 +152,7 @@ unsafe fn clone(arguments: &mut libc::clone_args, birth: &Birth) -> isize {
             "call r13",
             "ud2",
             "2:",
-            inlateout("rax") libc::SYS_clone3 as isize => result,
+            inlateout("rax") libc::SYS_clone3 => result,
             in("rdi") ptr::from_mut(arguments),
             in("rsi") size_of::<libc::clone_args>(),
             in("r12") ptr::from_ref(birth),

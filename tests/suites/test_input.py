@@ -353,8 +353,7 @@ class Obstacles(nervebox.Case):
         self.UNIT.unlink(missing_ok=True)
         systemctl("daemon-reload")
         last = nervebox.nerved_pid()
-        nervebox.restart_nerve()
-        nervebox.sweep()
+        nervebox.load(self.definitions)
         self.assertEqual(last, self.nerved, "nerved is another process")
 
     def refused(self, words):
