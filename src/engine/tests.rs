@@ -305,14 +305,22 @@ fn slots_are_filled_in_order_and_the_oldest_that_waits_is_evicted() {
     let mut world = World::new("concurrency: 2\nmax_queue: 2");
     let runs: Vec<_> = (0..5).map(|_| world.start()).collect();
     let statuses: Vec<_> = runs.iter().map(|run| world.status(*run)).collect();
-    use Status::{Dropped, Queued, Started};
-    assert_eq!(statuses, [Started, Started, Dropped, Queued, Queued]);
+    assert_eq!(
+        statuses,
+        [
+            Status::Started,
+            Status::Started,
+            Status::Dropped,
+            Status::Queued,
+            Status::Queued
+        ]
+    );
     assert_eq!(world.result(runs[2]), Some("queue-full".into()));
     // A kill frees the slot for the one that has waited longest.
     world.kill(runs[0]);
     assert_eq!(
         (world.status(runs[0]), world.status(runs[3])),
-        (Status::Killed, Started)
+        (Status::Killed, Status::Started)
     );
 }
 

@@ -116,6 +116,9 @@ class Neighbours(nervebox.Case):
                                       and path, "the state directory")
         cls.secret = nervebox.wait_for(lambda: next(cls.state.glob("runs/*/secret"), None), "the secret")
 
+    def tearDown(self):
+        """The run that is held stays."""
+
     def attempt(self, *attempts):
         run, status = nervebox.start("try-neighbour", json.dumps(attempts), wait=True)
         self.assertEqual(status, 0, nervebox.thread(run))
@@ -273,6 +276,9 @@ class Strangers(nervebox.Case):
         cls.run_id = nervebox.start("sleep-long", "a secret prompt")
         cls.pids = nervebox.processes(cls.run_id)
         cls.before = nervebox.listed("-n", "10000")
+
+    def tearDown(self):
+        """The run that is held stays."""
 
     def interface(self):
         bus, path, name = dbuswire.MANAGER

@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import signal
+import subprocess
 import time
 
 import nervebox
@@ -370,8 +371,8 @@ class Kill(Case):
     def test_an_interrupted_wait_leaves_the_kill_in_force(self):
         run = start("ignore-term")
         pids = nervebox.processes(run, 2)
-        waiting = nervebox.subprocess.Popen(["nervectl", "workflow", "kill", "--grace", "1s", run], text=True,
-                                            stdout=nervebox.subprocess.PIPE, stderr=nervebox.subprocess.PIPE)
+        waiting = subprocess.Popen(["nervectl", "workflow", "kill", "--grace", "1s", run], text=True,
+                                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         with waiting:
             wait_for(lambda: stored(run)["killing"], "the kill to be durable")
             waiting.send_signal(signal.SIGINT)
