@@ -361,3 +361,76 @@ fn event(row: EventRow) -> Event {
         payload: row.payload,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use tokio::sync::mpsc;
+    use zbus::object_server::Interface as _;
+
+    use super::super::authorize::ACTIONS;
+    use super::*;
+    use crate::engine::{Engine, Now, Recovered};
+    use crate::manager::driver::{Driver, World};
+    use crate::store::Store;
+
+    fn manager(directory: &std::path::Path) -> Manager {
+        let store = store::Handle::spawn(Store::open(directory).unwrap()).unwrap();
+        let recovered = Recovered {
+            boot_id: "b".into(),
+            workflows: BTreeMap::new(),
+            pinned: HashMap::new(),
+            runs: vec![],
+        };
+        let now = Now {
+            wall_us: 0,
+            boot_us: 0,
+        };
+        let (_, systemd) = watch::channel(None);
+        let world = World {
+            store: store.clone(),
+            systemd: systemd.clone(),
+            changes: mpsc::unbounded_channel().0,
+            worker: PathBuf::new(),
+            socket: PathBuf::new(),
+        };
+        let (_, handle) = Driver::new(Engine::recover(recovered, now).unwrap(), world);
+        Manager {
+            handle,
+            store,
+            systemd,
+            files: Arc::default(),
+            started_at: 0,
+            authority: Arc::default(),
+        }
+    }
+
+    #[test]
+    fn every_method_of_the_interface_has_an_action_and_every_action_a_method() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut xml = String::new();
+        manager(directory.path()).introspect_to_writer(&mut xml, 0);
+        let method = |line: &str| {
+            Some(
+                line.trim()
+                    .strip_prefix("<method name=\"")?
+                    .split('"')
+                    .next()?
+                    .to_owned(),
+            )
+        };
+        let mut methods: Vec<_> = xml.lines().filter_map(method).collect();
+        let mut known: Vec<_> = ACTIONS
+            .iter()
+            .map(|(method, _)| (*method).to_owned())
+            .collect();
+        methods.sort();
+        known.sort();
+        assert_eq!(methods, known);
+        assert!(
+            !xml.contains("<property"),
+            "a property would be readable by everybody"
+        );
+    }
+}

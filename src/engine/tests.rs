@@ -791,7 +791,7 @@ fn an_idle_worker_is_sent_home_and_called_back() {
         result: RunResult::Killed,
         is_empty: true,
     });
-    world.advance(limits::WORKER_IDLE - Duration::from_micros(1));
+    world.advance(limits::WORKER_IDLE.saturating_sub(Duration::from_micros(1)));
     assert_eq!(world.orders(), []);
     world.advance(Duration::from_micros(1));
     assert_eq!(world.orders(), [Order::Shutdown]);
