@@ -64,13 +64,13 @@ pub struct Run {
     pub run: String,
     /// Its workflow.
     pub workflow: String,
-    /// A name of [`crate::model::run::Status`].
+    /// A name of [`crate::model::status::Status`].
     pub status: String,
     /// A kill is in progress.
     pub killing: bool,
     /// Present once it has ended.
     pub exit_code: Option<i32>,
-    /// A [`crate::model::run::RunResult`], once it has ended.
+    /// A [`crate::model::status::RunResult`], once it has ended.
     pub result: Option<String>,
     /// What a person gave.
     pub reason: Option<String>,

@@ -20,7 +20,8 @@ use crate::engine::Answer;
 use crate::manager::handle::{Gone, Handle};
 use crate::model::limits;
 use crate::model::name::{RunId, RunTail, WorkflowName};
-use crate::model::run::{Accepted, KillRequest, Status};
+use crate::model::run::{Accepted, KillRequest};
+use crate::model::status::Status;
 use crate::store::{self, EventRow, Found, RunFilter, RunRow, ThreadRange};
 use crate::systemd::Systemd;
 

@@ -15,7 +15,7 @@ use crate::engine::Input;
 use crate::manager::handle::Handle;
 use crate::model::limits;
 use crate::model::name::RunId;
-use crate::model::run::Status;
+use crate::model::status::Status;
 use crate::systemd::Systemd;
 
 /// Keeps nerve on the bus.

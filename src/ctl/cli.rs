@@ -203,7 +203,7 @@ fn grace(text: &str) -> Result<Duration, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::run::{RunResult, Status};
+    use crate::model::status::{RunResult, Status};
     use clap::CommandFactory;
 
     fn parse(line: &str) -> Result<Cli, clap::Error> {

@@ -7,7 +7,7 @@ use super::{Failure, Settings, complain, input, now, render};
 use crate::bus::client::{Client, Run};
 use crate::bus::error::{CallError, Error};
 use crate::model::name::RunId;
-use crate::model::run::Status;
+use crate::model::status::Status;
 
 /// What a request led to.
 enum Request {

@@ -8,7 +8,7 @@ use super::{Failure, Settings, input, note, print, render};
 use crate::bus::client::{Run, StartOptions};
 use crate::bus::error::CallError;
 use crate::model::name::RunId;
-use crate::model::run::Status;
+use crate::model::status::Status;
 
 /// Starts a run, prints its id, and with `--wait` follows it to its end.
 pub(super) async fn start(settings: &Settings, arguments: &Start) -> Result<u8, Failure> {

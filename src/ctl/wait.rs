@@ -11,7 +11,7 @@ use crate::bus::client::{Change, Changes, Client, Run};
 use crate::bus::error::CallError;
 use crate::model::limits::RECONNECT;
 use crate::model::name::RunId;
-use crate::model::run::Status;
+use crate::model::status::Status;
 
 /// The run, once it has ended. Connects anew, for ever, when the bus goes away.
 pub(super) async fn until_ended(

@@ -5,7 +5,8 @@ use std::time::Duration;
 use super::{Answer, Engine, Open, Staged, Ticket};
 use crate::model::limits;
 use crate::model::name::{RunId, WorkflowName};
-use crate::model::run::{Accepted, Illegal, Run, RunEvent, RunResult};
+use crate::model::run::{Accepted, Illegal, Run, RunEvent};
+use crate::model::status::RunResult;
 
 impl Engine {
     pub(super) fn start(&mut self, ticket: Ticket, id: RunId, accepted: &Accepted) -> WorkflowName {

@@ -7,7 +7,8 @@ use crate::model::limits;
 use crate::model::message::Message;
 use crate::model::moderator::{self, Next};
 use crate::model::name::{RunId, WorkflowName};
-use crate::model::run::{Illegal, KillRequest, RunEvent, RunResult, Status};
+use crate::model::run::{Illegal, KillRequest, RunEvent};
+use crate::model::status::{RunResult, Status};
 
 impl Engine {
     /// Accepts a kill. A repeated one counts anew, so that somebody who is in a hurry can shorten the grace.

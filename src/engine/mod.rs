@@ -21,9 +21,8 @@ use std::sync::Arc;
 
 use crate::model::message::Message;
 use crate::model::name::{RunId, WorkflowName};
-use crate::model::run::{
-    Accepted, BootInstant, Illegal, KillRequest, Place, Run, RunEvent, RunResult,
-};
+use crate::model::run::{Accepted, BootInstant, Illegal, KillRequest, Place, Run, RunEvent};
+use crate::model::status::RunResult;
 use crate::model::workflow::{Definition, WorkerSettings};
 
 pub use recovery::Recovered;

@@ -8,7 +8,8 @@ use super::admission::micros;
 use super::{Engine, Now, Open, Turn, Workflow};
 use crate::model::limits;
 use crate::model::name::WorkflowName;
-use crate::model::run::{Illegal, Run, RunEvent, RunResult, Status};
+use crate::model::run::{Illegal, Run, RunEvent};
+use crate::model::status::{RunResult, Status};
 use crate::model::workflow::Definition;
 
 /// What recovery starts from.

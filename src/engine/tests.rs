@@ -11,7 +11,7 @@ use super::*;
 use crate::config::definition;
 use crate::model::exit::Exit;
 use crate::model::limits;
-use crate::model::run::Status;
+use crate::model::status::Status;
 
 const SECOND: u64 = 1_000_000;
 

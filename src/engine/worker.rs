@@ -10,7 +10,8 @@ use super::{Action, Cgroup, Dispatch, Engine, Held, LinkId, Order};
 use crate::model::exit::Exit;
 use crate::model::limits;
 use crate::model::name::{RunId, WorkflowName};
-use crate::model::run::{Illegal, Place, RunEvent, RunResult};
+use crate::model::run::{Illegal, Place, RunEvent};
+use crate::model::status::RunResult;
 
 /// A worker unit, as systemd describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -4,7 +4,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::name::{RoleName, RunId};
-use super::run::{Accepted, RunResult};
+use super::run::Accepted;
+use super::status::RunResult;
 
 /// Status of a round whose first process exited 0.
 pub const OK: &str = "ok";

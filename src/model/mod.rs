@@ -10,4 +10,5 @@ pub mod message;
 pub mod moderator;
 pub mod name;
 pub mod run;
+pub mod status;
 pub mod workflow;

@@ -3,7 +3,7 @@
 
 use super::message::{ERROR, Position};
 use super::name::RoleName;
-use super::run::RunResult;
+use super::status::RunResult;
 use super::workflow::{Target, Workflow};
 
 /// What comes next in a run.

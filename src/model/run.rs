@@ -1,9 +1,6 @@
-//! A run: its statuses, its end, and the one table of legal transitions, [`Run::after`].
+//! A run, its events, and the one table of legal transitions, [`Run::after`].
 //!
 //! A run is what its events add up to. The same events in the same order give the same run, live or replayed.
-
-use std::fmt;
-use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -11,234 +8,7 @@ use serde_json::Value;
 use super::limits;
 use super::message::{Message, Position};
 use super::name::{RunId, WorkflowName};
-
-/// Where a run stands. The names are what people, the store and the bus see.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Status {
-    /// Accepted and durable, waits for a slot.
-    Queued,
-    /// A worker has it, or is being started for it.
-    Started,
-    /// Waits for a person or an event.
-    Suspended,
-    /// The moderator reached the end.
-    Completed,
-    /// A round failed, or a limit was used up.
-    Failed,
-    /// Its worker was drained with a time-out that passed.
-    Interrupted,
-    /// Somebody asked for it, and no process of it is left.
-    Killed,
-    /// Ended at a round boundary because somebody asked for it.
-    Aborted,
-    /// Refused or evicted; never started.
-    Dropped,
-    /// Its worker went down under it too often, or cannot be started.
-    Crashed,
-}
-
-impl Status {
-    /// Every status.
-    pub const ALL: [Self; 10] = [
-        Self::Queued,
-        Self::Started,
-        Self::Suspended,
-        Self::Completed,
-        Self::Failed,
-        Self::Interrupted,
-        Self::Killed,
-        Self::Aborted,
-        Self::Dropped,
-        Self::Crashed,
-    ];
-
-    /// Its name.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Queued => "queued",
-            Self::Started => "started",
-            Self::Suspended => "suspended",
-            Self::Completed => "completed",
-            Self::Failed => "failed",
-            Self::Interrupted => "interrupted",
-            Self::Killed => "killed",
-            Self::Aborted => "aborted",
-            Self::Dropped => "dropped",
-            Self::Crashed => "crashed",
-        }
-    }
-
-    /// Whether a run that stands there never changes again.
-    #[must_use]
-    pub fn is_terminal(self) -> bool {
-        !matches!(self, Self::Queued | Self::Started | Self::Suspended)
-    }
-}
-
-impl fmt::Display for Status {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.as_str())
-    }
-}
-
-impl FromStr for Status {
-    type Err = UnknownWord;
-    fn from_str(text: &str) -> Result<Self, UnknownWord> {
-        Self::ALL
-            .into_iter()
-            .find(|status| status.as_str() == text)
-            .ok_or_else(|| UnknownWord("status", text.to_owned()))
-    }
-}
-
-/// A word that this version does not know where it knows all of them.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("unknown {0} {1:?}")]
-pub struct UnknownWord(&'static str, String);
-
-/// Why a run ended. It determines the terminal status and the exit code: see [`RunResult::end`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub enum RunResult {
-    /// The moderator reached the end.
-    Success,
-    /// A role exited with this code.
-    ExitCode(i32),
-    /// A role died of this signal (`SIGSEGV`).
-    Signal(String),
-    /// A role could not be executed.
-    ExecFailed,
-    /// A role took longer than its time-out.
-    RoleTimeout,
-    /// A role was killed for want of memory.
-    OomKill,
-    /// A role said more than a reply may hold.
-    ReplyTooLarge,
-    /// A role's prompt could not be rendered.
-    TemplateError,
-    /// A round ended with a status that no route handles.
-    NoRoute(String),
-    /// `max_rounds` used up.
-    MaxRounds,
-    /// The run's time-out passed.
-    Timeout,
-    /// Its worker was drained.
-    Drained,
-    /// Killed.
-    Killed,
-    /// Aborted.
-    Aborted,
-    /// The queue was full.
-    QueueFull,
-    /// The workflow is blocked.
-    Blocked,
-    /// The workflow was removed.
-    Removed,
-    /// Its worker died too often.
-    WorkerDied,
-    /// Its worker exited with this code.
-    WorkerExit(i32),
-    /// systemd starts the worker no more.
-    StartLimitHit,
-    /// systemd refused the worker unit.
-    UnitRefused,
-}
-
-impl RunResult {
-    /// The one table of terminal statuses and exit codes.
-    #[must_use]
-    pub fn end(&self) -> (Status, u8) {
-        match self {
-            Self::Success => (Status::Completed, 0),
-            Self::ExitCode(_)
-            | Self::Signal(_)
-            | Self::ExecFailed
-            | Self::RoleTimeout
-            | Self::OomKill
-            | Self::ReplyTooLarge
-            | Self::TemplateError
-            | Self::NoRoute(_) => (Status::Failed, 1),
-            Self::MaxRounds => (Status::Failed, 2),
-            Self::Timeout => (Status::Failed, 124),
-            Self::Drained => (Status::Interrupted, 130),
-            Self::Killed => (Status::Killed, 137),
-            Self::Aborted => (Status::Aborted, 143),
-            Self::QueueFull | Self::Blocked | Self::Removed => (Status::Dropped, 75),
-            Self::WorkerDied | Self::WorkerExit(_) | Self::StartLimitHit | Self::UnitRefused => {
-                (Status::Crashed, 255)
-            }
-        }
-    }
-
-    /// The results that are one word.
-    const WORDS: [(&str, Self); 17] = [
-        ("success", Self::Success),
-        ("exec-failed", Self::ExecFailed),
-        ("role-timeout", Self::RoleTimeout),
-        ("oom-kill", Self::OomKill),
-        ("reply-too-large", Self::ReplyTooLarge),
-        ("template-error", Self::TemplateError),
-        ("max-rounds", Self::MaxRounds),
-        ("timeout", Self::Timeout),
-        ("drained", Self::Drained),
-        ("killed", Self::Killed),
-        ("aborted", Self::Aborted),
-        ("queue-full", Self::QueueFull),
-        ("blocked", Self::Blocked),
-        ("removed", Self::Removed),
-        ("worker-died", Self::WorkerDied),
-        ("start-limit-hit", Self::StartLimitHit),
-        ("unit-refused", Self::UnitRefused),
-    ];
-}
-
-impl fmt::Display for RunResult {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::ExitCode(code) => write!(f, "exit-code:{code}"),
-            Self::Signal(name) => write!(f, "signal:{name}"),
-            Self::NoRoute(status) => write!(f, "no-route:{status}"),
-            Self::WorkerExit(code) => write!(f, "worker-exit:{code}"),
-            word => {
-                let named = Self::WORDS.iter().find(|(_, result)| result == word);
-                f.write_str(named.map_or("", |(name, _)| name))
-            }
-        }
-    }
-}
-
-impl FromStr for RunResult {
-    type Err = UnknownWord;
-    fn from_str(text: &str) -> Result<Self, UnknownWord> {
-        let unknown = || UnknownWord("result", text.chars().take(80).collect());
-        let code = |code: &str| code.parse().map_err(|_| unknown());
-        match text.split_once(':') {
-            Some(("exit-code", rest)) => code(rest).map(Self::ExitCode),
-            Some(("worker-exit", rest)) => code(rest).map(Self::WorkerExit),
-            Some(("signal", rest)) => Ok(Self::Signal(rest.to_owned())),
-            Some(("no-route", rest)) => Ok(Self::NoRoute(rest.to_owned())),
-            _ => Self::WORDS
-                .into_iter()
-                .find(|(name, _)| *name == text)
-                .map(|(_, result)| result)
-                .ok_or_else(unknown),
-        }
-    }
-}
-
-impl TryFrom<String> for RunResult {
-    type Error = UnknownWord;
-    fn try_from(text: String) -> Result<Self, UnknownWord> {
-        text.parse()
-    }
-}
-
-impl From<RunResult> for String {
-    fn from(result: RunResult) -> String {
-        result.to_string()
-    }
-}
+use super::status::{RunResult, Status};
 
 /// The sha256 of a definition's bytes, as 64 hex digits.
 pub type Digest = String;
@@ -583,5 +353,101 @@ impl Run {
     #[must_use]
     pub fn round_limit(&self) -> u32 {
         self.max_rounds.unwrap_or(limits::DEFAULT_MAX_ROUNDS)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn any_event() -> impl Strategy<Value = RunEvent> {
+        let place = |invocation: u8| Place {
+            invocation: invocation.to_string(),
+            cgroup: "/c".to_owned(),
+        };
+        let results = prop::sample::select(vec![
+            RunResult::Success,
+            RunResult::ExitCode(3),
+            RunResult::Timeout,
+            RunResult::Killed,
+            RunResult::QueueFull,
+            RunResult::WorkerDied,
+        ]);
+        prop_oneof![
+            Just(RunEvent::Started {
+                definition: "d".to_owned(),
+                max_rounds: 9,
+                since: BootInstant {
+                    boot_id: "b".to_owned(),
+                    boot_us: 0
+                },
+            }),
+            (0..3_u8, 0..4_u32).prop_map(move |(invocation, attempt)| RunEvent::Dispatched {
+                place: place(invocation),
+                attempt
+            }),
+            (0..4_u32, "[a-c]|__start__").prop_map(|(round, role)| {
+                RunEvent::ThreadWorkflowMessage {
+                    round,
+                    message: Message {
+                        role,
+                        content: String::new(),
+                        meta: serde_json::Map::new(),
+                        timestamp: 0,
+                    },
+                }
+            }),
+            (0..4_u32).prop_map(|attempt| RunEvent::WorkerLost {
+                invocation: "0".to_owned(),
+                attempt,
+                cause: "signal SIGKILL".to_owned(),
+            }),
+            (any::<bool>(), 0..9_u64).prop_map(|(reason, grace_us)| {
+                RunEvent::KillRequested(KillRequest {
+                    reason: reason.then(|| "r".to_owned()),
+                    grace_us,
+                })
+            }),
+            results.prop_map(|result| RunEvent::Ended {
+                result,
+                detail: None
+            }),
+        ]
+    }
+
+    fn queued() -> Run {
+        let accepted = Accepted {
+            workflow: "w".parse().unwrap(),
+            prompt: String::new(),
+            max_rounds: None,
+            dry_run: false,
+            trigger: Value::Null,
+        };
+        Run::accept(RunId::from_bits(1), 0, &accepted)
+    }
+
+    proptest! {
+        #[test]
+        fn in_any_order_of_events_what_must_hold_holds(events in prop::collection::vec(any_event(), 0..40)) {
+            let mut run = queued();
+            for event in events {
+                let Ok(next) = run.after(&event, 1) else { continue };
+                prop_assert!(!run.status().is_terminal(), "a run that ended changed by {event:?}");
+                prop_assert!(next.position.rounds - run.position.rounds <= 1);
+                if run.kill.is_some() {
+                    prop_assert!(next.kill.is_some() && next.position == run.position);
+                }
+                if let Some((result, _)) = next.ended() {
+                    prop_assert_eq!(*result == RunResult::Killed, next.kill.is_some());
+                    let (status, _) = result.end();
+                    prop_assert_eq!(status == Status::Dropped, next.started().is_none() && next.kill.is_none());
+                }
+                let stored: RunEvent = serde_json::from_str(&serde_json::to_string(&event).unwrap()).unwrap();
+                prop_assert_eq!(stored, event);
+                run = next;
+            }
+        }
     }
 }

@@ -18,7 +18,8 @@ use rusqlite::{Connection, OpenFlags, params};
 
 use crate::engine::Staged;
 use crate::model::name::{RunId, RunTail, WorkflowName};
-use crate::model::run::{Run, UnknownWord};
+use crate::model::run::Run;
+use crate::model::status::UnknownWord;
 use crate::model::workflow::Definition;
 
 pub use read::{EventRow, Found, Round, RunFilter, RunRow, ThreadRange};

@@ -5,7 +5,8 @@ use rusqlite::{Connection, OptionalExtension as _, Row, params};
 use super::{Error, Store};
 use crate::model::message::Message;
 use crate::model::name::{RunId, RunTail, WorkflowName};
-use crate::model::run::{Run, RunEvent, Status};
+use crate::model::run::{Run, RunEvent};
+use crate::model::status::Status;
 
 /// A run as `workflow_runs` has it. Times are µs since the epoch.
 #[derive(Debug, Clone, PartialEq)]

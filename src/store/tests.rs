@@ -6,7 +6,8 @@ use serde_json::json;
 
 use super::*;
 use crate::model::message::Message;
-use crate::model::run::{Accepted, BootInstant, KillRequest, Place, RunEvent, RunResult, Status};
+use crate::model::run::{Accepted, BootInstant, KillRequest, Place, RunEvent};
+use crate::model::status::{RunResult, Status};
 
 fn id(number: u128) -> RunId {
     RunId::from_bits(0x0193_0000_0000_7000_8000_0000_0000_0000 + number)

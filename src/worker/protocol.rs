@@ -12,7 +12,7 @@ use tokio::io::{AsyncBufRead, AsyncBufReadExt as _};
 use crate::model::limits;
 use crate::model::message::Message;
 use crate::model::name::{RunId, WorkflowName};
-use crate::model::run::RunResult;
+use crate::model::status::RunResult;
 
 /// The version this is.
 pub const VERSION: u32 = 1;

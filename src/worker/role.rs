@@ -21,7 +21,7 @@ use crate::model::exit::{Exit, signal_name};
 use crate::model::limits;
 use crate::model::message::{ERROR, Message, OK};
 use crate::model::name::{RoleName, RunId};
-use crate::model::run::RunResult;
+use crate::model::status::RunResult;
 use crate::model::workflow::Role;
 use crate::os::cgroup::Cgroup;
 use crate::os::clock;

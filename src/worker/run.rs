@@ -16,7 +16,8 @@ use crate::model::limits;
 use crate::model::message::{Message, Position};
 use crate::model::moderator::{self, Next};
 use crate::model::name::{RoleName, RunId};
-use crate::model::run::{Accepted, RunResult, Status};
+use crate::model::run::Accepted;
+use crate::model::status::{RunResult, Status};
 use crate::model::workflow::Workflow;
 use crate::os::cgroup::Cgroup;
 

@@ -20,7 +20,7 @@ use crate::config::definition;
 use crate::model::limits;
 use crate::model::message::Message;
 use crate::model::name::{RoleName, RunId, WorkflowName};
-use crate::model::run::RunResult;
+use crate::model::status::RunResult;
 use crate::os::cgroup::{self, Cgroup};
 use crate::os::journal::Journal;
 use crate::os::process;

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
 use nerve::bus::client::{ListFilter, ManagerProxy, StartOptions, ThreadOptions};
-use nerve::model::run::Status;
+use nerve::model::status::Status;
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::json;
 
