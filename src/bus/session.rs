@@ -3,6 +3,8 @@
 //! The bus may go away and come back at any time. Nothing that nerve promised hangs on it: while it is away nobody can
 //! ask and no unit is started, and all else goes on.
 
+use std::collections::BTreeSet;
+
 use futures_util::StreamExt as _;
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep;
@@ -82,11 +84,22 @@ impl Bus {
         tracing::info!("serving {NAME}");
         served();
         let emitter = SignalEmitter::new(&connection, PATH)?;
-        let watch = async {
+        // A stream that is not read holds up the whole connection, so what it says is taken at once and looked at later.
+        let (changed, mut dirty) = mpsc::unbounded_channel();
+        let hear = async {
             while let Some(workflow) = units.next().await {
-                let unit = systemd.unit(&workflow).await?;
-                tracing::debug!(workflow = %workflow, ?unit, "unit");
-                handle.report(Input::Unit { workflow, unit }).await;
+                let _ = changed.send(workflow);
+            }
+            Ok(())
+        };
+        let look = async {
+            let mut workflows = Vec::new();
+            while dirty.recv_many(&mut workflows, usize::MAX).await > 0 {
+                for workflow in workflows.drain(..).collect::<BTreeSet<_>>() {
+                    let unit = systemd.unit(&workflow).await?;
+                    tracing::debug!(workflow = %workflow, ?unit, "unit");
+                    handle.report(Input::Unit { workflow, unit }).await;
+                }
             }
             Ok(())
         };
@@ -97,7 +110,8 @@ impl Bus {
             Ok(())
         };
         tokio::select! {
-            ended = watch => ended,
+            ended = hear => ended,
+            ended = look => ended,
             ended = announce => ended,
             () = connection.closed() => Ok(()),
         }

@@ -113,9 +113,8 @@ impl Systemd {
 
     /// What stands in the way of a unit that exists and is not ours.
     async fn obstacle(&self, name: &str) -> zbus::Result<Option<String>> {
-        let Some(path) = self.path(name).await? else {
-            return Ok(None);
-        };
+        // A file on disk is no loaded unit until somebody asks for it.
+        let path = self.manager.load_unit(name).await?;
         let unit = self.read(&path, UNIT).await?;
         let (load, file) = (text(&unit, "LoadState"), text(&unit, "FragmentPath"));
         Ok(match load.as_str() {

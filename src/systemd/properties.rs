@@ -39,14 +39,17 @@ impl WorkerUnit<'_> {
         let executable = self.executable.display().to_string();
         let exec = vec![(executable.clone(), vec![executable, name.to_owned()], false)];
         let (limit_interval, limit_burst) = limits::START_LIMIT;
-        let mut environment = vec![
-            // First, so that a definition may set another.
-            "LANG=C.UTF-8".to_owned(),
-            format!("NERVE_SOCKET={}", self.socket.display()),
-            format!("NERVE_WORKFLOW={name}"),
-        ];
+        let mut environment = settings.environment.clone();
+        // systemd refuses a variable that is set twice.
+        if !environment
+            .iter()
+            .any(|variable| variable.starts_with("LANG="))
+        {
+            environment.push("LANG=C.UTF-8".to_owned());
+        }
+        environment.push(format!("NERVE_SOCKET={}", self.socket.display()));
+        environment.push(format!("NERVE_WORKFLOW={name}"));
         environment.extend(std::env::var("NERVE_LOG").map(|level| format!("NERVE_LOG={level}")));
-        environment.extend(settings.environment.iter().cloned());
         let mut properties: Vec<(&'static str, Variant<'static>)> = vec![
             ("Description", format!("nerve worker of {name}").into()),
             ("Documentation", vec!["man:nerve-workflow(5)"].into()),

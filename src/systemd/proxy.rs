@@ -30,6 +30,7 @@ pub(super) type AuxiliaryUnit<'a> = (&'a str, Vec<(&'a str, Variant<'a>)>);
 pub(super) trait Manager {
     async fn subscribe(&self) -> zbus::Result<()>;
     async fn get_unit(&self, name: &str) -> zbus::Result<OwnedObjectPath>;
+    async fn load_unit(&self, name: &str) -> zbus::Result<OwnedObjectPath>;
     async fn reset_failed_unit(&self, name: &str) -> zbus::Result<()>;
     async fn list_units_by_patterns(
         &self,

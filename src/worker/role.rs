@@ -121,6 +121,10 @@ impl Round<'_> {
             ended
         };
         let out_of_memory = exit == Exit::Signal(libc::SIGKILL) && self.cgroup.oom_kills() > ooms;
+        // Never to be used again: since Linux 6.14 what is born into a cgroup that was once killed dies at once.
+        if let Err(error) = self.cgroup.remove() {
+            tracing::error!(run_id = %self.run, %error, "failed to remove the cgroup of a run");
+        }
         match stop {
             Some(Stop::Kill) => RoundEnd::Killed,
             Some(Stop::RunTimeout) => RoundEnd::TimedOut,

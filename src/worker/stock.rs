@@ -80,12 +80,10 @@ impl Home {
         }
         let mut environment = process::environment();
         environment.retain(|(name, _)| !NOT_FOR_ROLES.contains(&name.as_str()));
-        // The uids that systemd gives dynamic users; such a user has no home, which is said as "/".
-        if (61_184..=65_519).contains(&rustix::process::getuid().as_raw()) {
-            environment.retain(|(name, value)| name != "HOME" || value != "/");
-            if !environment.iter().any(|(name, _)| name == "HOME") {
-                environment.push(("HOME".to_owned(), state.display().to_string()));
-            }
+        // A dynamic user has no home, nor has many a static one; systemd then says "/" or nothing.
+        environment.retain(|(name, value)| name != "HOME" || value != "/");
+        if !environment.iter().any(|(name, _)| name == "HOME") {
+            environment.push(("HOME".to_owned(), state.display().to_string()));
         }
         Ok(Self {
             workflow,

@@ -69,7 +69,7 @@ class Ends(EndsCase):
                                   "graph": {"$START": "main", "main": {"ok": "main"}}},
         "never-end": command("exec sleep 1000"),
         "wait-its-turn": command("exec sleep 1000", max_queue=1),
-        "end-by-time": command("exec sleep 1000", timeout="300ms", role_timeout="200ms"),
+        "end-by-time": command("exec sleep 1000", timeout="20s", role_timeout="200ms"),
     }
 
     def test_0_success(self):
@@ -204,6 +204,7 @@ class WorkerEnds(EndsCase):
         "lack-path": command("true", worker={"ReadWritePaths": "/nonexistent/path"}),
         "stay-masked": command("true"),
         "stay-blocked": command("true"),
+        "stay-denied": command("true"),
     }
 
     def kill_worker(self, workflow, run, attempt):
@@ -270,10 +271,10 @@ class WorkerEnds(EndsCase):
             path.write_text(text)
         self.addCleanup(path.unlink)
 
-    def refused(self, workflow):
+    def refused(self, workflow, said=None):
         run = self.check(workflow, 255, "crashed", "unit-refused")
         detail = nervebox.run_json(run)["events"][-1]["payload"].get("detail")
-        self.assertIn(nervebox.unit_of(workflow), detail or "", "it does not say what systemd said")
+        self.assertIn(said or nervebox.unit_of(workflow), detail or "", "it does not say what systemd said")
 
     def test_255_unit_refused_masked(self):
         self.file("nerve-wf@stay-masked.service", None)
@@ -283,6 +284,23 @@ class WorkerEnds(EndsCase):
         self.file("nerve-wf@stay-blocked.service", "[Service]\nExecStart=/bin/true\n")
         self.refused("stay-blocked")
         self.assertEqual(nervebox.listed("--active", "stay-blocked"), [])
+
+    def test_255_unit_refused_with_an_error_of_dbus_itself(self):
+        # An error that is named org.freedesktop.DBus.Error.…, as those are with which systemd refuses a property
+        # (InvalidArgs), is no lost bus.
+        path = pathlib.Path("/etc/dbus-1/system.d/nervebox.conf")
+
+        def undo():
+            path.unlink()
+            nervebox.systemctl("reload", "dbus.service")
+
+        path.write_text("""<busconfig><policy user="root">
+            <deny send_destination="org.freedesktop.systemd1" send_interface="org.freedesktop.systemd1.Manager"
+                  send_member="StartTransientUnit"/>
+            </policy></busconfig>""")
+        self.addCleanup(undo)
+        nervebox.systemctl("reload", "dbus.service")
+        self.refused("stay-denied", "StartTransientUnit")
 
     def test_255_is_followed_by_a_new_chance(self):
         # What is wrong may be put right: the next run starts the worker again.
@@ -477,7 +495,7 @@ class Surroundings(Case):
         _, (first,) = self.around("look-around-as-nerve")
         found = dict(word.split("=", 1) for word in first["environ"])
         self.assertEqual({name for name in found if not name.startswith("NERVE_")}, {"PATH", "HOME", "USER", "LOGNAME", "LANG"})
-        self.assertEqual((found["USER"], found["LOGNAME"], found["HOME"], found["LANG"]), ("nerve", "nerve", "/", "C.UTF-8"))
+        self.assertEqual((found["USER"], found["LOGNAME"], found["HOME"], found["LANG"]), ("nerve", "nerve", "/var/lib/nerve-wf/look-around-as-nerve", "C.UTF-8"))
 
     def test_what_is_systemds_and_nerves_own_is_not_in_the_environment(self):
         for workflow in ("look-around", "look-around-as-nerve"):

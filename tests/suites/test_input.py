@@ -575,7 +575,7 @@ class Replies(Lives):
 
     def test_a_program_that_is_missing(self):
         for workflow, program in (("miss-program", "/nonexistent/program"), ("miss-name", "no-such-program"),
-                                  ("run-text", "/etc/passwd"), ("miss-folder", "/bin/sh")):
+                                  ("run-text", "/etc/passwd"), ("miss-folder", "/nonexistent")):
             with self.subTest(workflow):
                 _, thread = self.end(workflow, "failed", 1, "exec-failed")
                 self.assertEqual((thread[1]["meta"]["status"], thread[1]["content"]), ("error", ""))

@@ -350,7 +350,9 @@ class Units(nervebox.Case):
         pids = nervebox.processes(run)
         systemctl("stop", "nerve.service")
         try:
-            self.assertEqual(systemctl("is-active", "nerve.socket", check=False).stdout.strip(), "inactive")
+            # The socket's job is another one, for which systemctl does not wait.
+            wait_for(lambda: systemctl("is-active", "nerve.socket", check=False).stdout.strip() == "inactive",
+                     "the socket to be closed")
             self.assertFalse(pathlib.Path("/run/nerve/worker.sock").exists())
             self.assertEqual(ctl("status", check=69).stdout, "")
             self.assertEqual(systemctl("is-active", "nerve.service", check=False).stdout.strip(), "inactive")
@@ -362,7 +364,7 @@ class Units(nervebox.Case):
         self.assertEqual(nervebox.row(run)["exitCode"], 137)
 
     def test_stopping_the_target_stops_everything(self):
-        systemctl("start", "nerve.target")
+        systemctl("start", "nerve.target", "nerve.service")
         run = nervebox.start("sleep-long")
         pids = nervebox.processes(run)
         systemctl("stop", "nerve.target")
@@ -371,7 +373,7 @@ class Units(nervebox.Case):
             self.assertEqual(systemctl("list-units", "--no-legend", "--state=active", "--type=service,socket,target",
                                        "nerve*").stdout.strip(), "")
         finally:
-            systemctl("start", "nerve.target")
+            systemctl("start", "nerve.target", "nerve.service")  # the target itself does not wait for it
         self.assertEqual(nervebox.start("say-good", wait=True)[1], 0)
         ctl("workflow", "kill", "--grace", "0", run, check=False)
 
