@@ -86,14 +86,6 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
-    /// A definition that a run is pinned to cannot be read any more.
-    #[error("failed to read definition {digest}, which a run is pinned to: {faults}")]
-    Pinned {
-        /// Its sha256.
-        digest: String,
-        /// What is wrong with it.
-        faults: String,
-    },
     /// The store's runs do not add up.
     #[error("failed to recover the open runs: {0}")]
     Recovery(#[from] crate::model::run::Illegal),
@@ -207,11 +199,8 @@ fn recover(
                     .join("\n");
                 // The last good one stays in force.
                 let last = store.last_definition(&name).map_err(storage)?;
-                (
-                    last.map(|digest| pinned(store, &digest, settings))
-                        .transpose()?,
-                    Some(fault),
-                )
+                let last = last.map(|digest| stored(store, &digest, settings));
+                (last.transpose()?.flatten(), Some(fault))
             }
         };
         files.insert(name.clone(), file.path);
@@ -220,11 +209,10 @@ fn recover(
     let runs = store.open_runs().map_err(storage)?;
     let mut pins = HashMap::new();
     for started in runs.iter().filter_map(|run| run.started()) {
-        if !pins.contains_key(&started.definition) {
-            pins.insert(
-                started.definition.clone(),
-                pinned(store, &started.definition, settings)?,
-            );
+        if !pins.contains_key(&started.definition)
+            && let Some(definition) = stored(store, &started.definition, settings)?
+        {
+            pins.insert(started.definition.clone(), definition);
         }
     }
     let now = Now {
@@ -245,23 +233,21 @@ fn recover(
     ))
 }
 
-fn pinned(store: &Store, digest: &str, settings: &Settings) -> Result<Arc<Definition>, Error> {
-    let storage = |source| Error::Store {
+/// A definition that the store has. One that this version cannot read any more is said so, and is not there.
+fn stored(
+    store: &Store,
+    digest: &str,
+    settings: &Settings,
+) -> Result<Option<Arc<Definition>>, Error> {
+    let bytes = store.definition(digest).map_err(|source| Error::Store {
         directory: settings.state.clone(),
         source,
-    };
-    let bytes = store.definition(digest).map_err(storage)?;
+    })?;
     let parsed = definition::parse(digest, None, &bytes);
-    parsed
-        .definition
-        .map(Arc::new)
-        .ok_or_else(|| Error::Pinned {
-            digest: digest.to_owned(),
-            faults: parsed
-                .diagnostics
-                .iter()
-                .map(ToString::to_string)
-                .collect::<Vec<_>>()
-                .join("; "),
-        })
+    if parsed.definition.is_none() {
+        for diagnostic in &parsed.diagnostics {
+            tracing::error!("a stored definition cannot be used: {diagnostic}");
+        }
+    }
+    Ok(parsed.definition.map(Arc::new))
 }

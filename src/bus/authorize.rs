@@ -21,10 +21,11 @@ pub const ACTIONS: [(&str, &str); 6] = [
     ("GetStatus", "org.nerve1.read"),
 ];
 
-/// Senders that are remembered. The bus never gives a unique name twice, so what it said of one stays true.
+/// Senders that are remembered. A bus never gives a unique name twice, so what it said of one stays true; the next bus
+/// gives them all again, so an [`Authority`] lives no longer than its connection.
 const REMEMBERED: usize = 256;
 
-/// Answers whether a caller may.
+/// Answers whether a caller on one bus connection may.
 #[derive(Debug, Default)]
 pub struct Authority {
     senders: Mutex<HashMap<String, u32>>,

@@ -224,7 +224,8 @@ impl Manager {
         let round = |round: store::Round| Round {
             round: round.round,
             role: round.message.role,
-            content: round.message.content,
+            // D-Bus has no NUL; a worker that sends one must not cost us the connection.
+            content: round.message.content.replace('\0', "\u{fffd}"),
             meta: serde_json::Value::Object(round.message.meta).to_string(),
             timestamp: round.message.timestamp,
         };

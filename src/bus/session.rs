@@ -4,8 +4,8 @@
 //! ask and no unit is started, and all else goes on.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
-use futures_util::StreamExt as _;
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep;
 use zbus::connection::Builder;
@@ -72,10 +72,14 @@ impl Bus {
             .address
             .as_deref()
             .map_or_else(Builder::system, Builder::address);
-        let connection = builder.serve_at(PATH, self.manager.clone()).build().await?;
+        let manager = Manager {
+            authority: Arc::default(),
+            ..self.manager.clone()
+        };
+        let connection = builder.serve_at(PATH, manager).build().await?;
         let systemd = Systemd::connect(&connection).await?;
         // Listen first, then read, so that no change falls between.
-        let mut units = std::pin::pin!(systemd.changes().await?);
+        let mut changed = systemd.changes().await?;
         let all = systemd.units().await?;
         self.systemd.send_replace(Some(systemd.clone()));
         let handle: &Handle = &self.manager.handle;
@@ -84,17 +88,9 @@ impl Bus {
         tracing::info!("serving {NAME}");
         served();
         let emitter = SignalEmitter::new(&connection, PATH)?;
-        // A stream that is not read holds up the whole connection, so what it says is taken at once and looked at later.
-        let (changed, mut dirty) = mpsc::unbounded_channel();
-        let hear = async {
-            while let Some(workflow) = units.next().await {
-                let _ = changed.send(workflow);
-            }
-            Ok(())
-        };
-        let look = async {
+        let watch = async {
             let mut workflows = Vec::new();
-            while dirty.recv_many(&mut workflows, usize::MAX).await > 0 {
+            while changed.recv_many(&mut workflows, usize::MAX).await > 0 {
                 for workflow in workflows.drain(..).collect::<BTreeSet<_>>() {
                     let unit = systemd.unit(&workflow).await?;
                     tracing::debug!(workflow = %workflow, ?unit, "unit");
@@ -110,8 +106,7 @@ impl Bus {
             Ok(())
         };
         tokio::select! {
-            ended = hear => ended,
-            ended = look => ended,
+            ended = watch => ended,
             ended = announce => ended,
             () = connection.closed() => Ok(()),
         }

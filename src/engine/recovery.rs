@@ -19,7 +19,7 @@ pub struct Recovered {
     pub boot_id: String,
     /// Every workflow that has a file: the definition in force, if there is one, and what is wrong with the file.
     pub workflows: BTreeMap<WorkflowName, (Option<Arc<Definition>>, Option<String>)>,
-    /// Definitions that started runs are pinned to, by digest.
+    /// Definitions that started runs are pinned to, by digest. A run whose definition is missing is ended.
     pub pinned: HashMap<String, Arc<Definition>>,
     /// Open runs, by order of acceptance.
     pub runs: Vec<Run>,
@@ -71,6 +71,14 @@ impl Engine {
             let workflow = engine.workflow(&name);
             if !is_queued {
                 workflow.live.insert(order, id);
+                if engine
+                    .open
+                    .get(&id)
+                    .is_some_and(|open| open.definition.is_none())
+                {
+                    let detail = "the definition it is pinned to cannot be read any more";
+                    engine.end(id, RunResult::UnitRefused, Some(detail.to_owned()))?;
+                }
             } else if is_known {
                 workflow.queue.insert(order, id);
             } else {

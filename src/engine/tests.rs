@@ -804,3 +804,13 @@ fn an_idle_worker_is_sent_home_and_called_back() {
     world.ready(2, "i2", &[]);
     assert_eq!(world.dispatched(), [(next, 1)]);
 }
+
+#[test]
+fn a_run_whose_definition_cannot_be_read_any_more_ends_and_harms_nobody() {
+    let (world, run) = World::working("");
+    let runs: Vec<_> = world.runs.values().cloned().collect();
+    let mut world = World::recover(runs, workflow(""), HashMap::new());
+    assert_eq!(world.emptied(), [run]);
+    world.step(Input::Emptied { run });
+    assert_eq!(world.result(run), Some("unit-refused".into()));
+}

@@ -10,6 +10,7 @@
 //! error and nerved with it: what is on disk is found by recovery.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -35,6 +36,8 @@ use crate::worker::protocol::{Assignment, ToWorker, VERSION};
 const TURN: usize = 256;
 /// How often the driver shows that it is alive, and looks at the clock that goes on while the machine sleeps.
 const HEARTBEAT: Duration = Duration::from_secs(5);
+/// `systemctl status` is told no more often.
+const NEWS: Duration = Duration::from_secs(1);
 /// When a killed cgroup is not empty by then, the log says which processes cannot die.
 const STUBBORN: Duration = Duration::from_secs(5);
 
@@ -108,10 +111,12 @@ impl Driver {
         // What recovery decided comes before anything else.
         self.finish_turn().await?;
         loop {
-            self.show();
-            let pause = self.engine.deadline().map_or(HEARTBEAT, |at| {
-                Duration::from_micros(at.saturating_sub(clock::boot_us())).min(HEARTBEAT)
-            });
+            let until = |at: u64| Duration::from_micros(at.saturating_sub(clock::boot_us()));
+            let pause = self
+                .engine
+                .deadline()
+                .map_or(HEARTBEAT, until)
+                .min(self.show());
             tokio::select! {
                 _ = self.inbox.recv_many(&mut events, TURN) => {}
                 () = sleep(pause) => {}
@@ -287,7 +292,7 @@ impl Driver {
     }
 
     fn tell(&mut self, link: LinkId, frames: &[ToWorker]) {
-        if let Some(outbox) = self.links.get(&link) {
+        if let Some(outbox) = self.links.get_mut(&link) {
             outbox.send(frames);
         }
     }
@@ -348,7 +353,8 @@ impl Driver {
         let handle = self.handle.clone();
         tokio::spawn(async move {
             let cgroup = Cgroup::at(&path);
-            if let Err(error) = cgroup.kill() {
+            let killed = blocking(&cgroup, Cgroup::kill).await;
+            if let Err(error) = killed {
                 tracing::error!(run_id = %run, %error, "failed to kill cgroup {path}");
             }
             let emptied = tokio::time::timeout(STUBBORN, cgroup.emptied()).await;
@@ -367,7 +373,7 @@ impl Driver {
             match emptied {
                 Ok(()) => {
                     // The worker does it too; it may be gone.
-                    let _ = cgroup.remove();
+                    let _ = blocking(&cgroup, Cgroup::remove).await;
                     handle.report(Input::Emptied { run }).await;
                 }
                 Err(error) => {
@@ -377,23 +383,30 @@ impl Driver {
         });
     }
 
-    /// Tells systemd that the loop turns, and people what it is about.
-    fn show(&mut self) {
+    /// Tells systemd that the loop turns, and people what it is about; returns when to come again.
+    fn show(&mut self) -> Duration {
         let counts = self.engine.counts();
-        let is_due = match self.shown {
-            None => true,
-            Some((shown, at)) => {
-                at.elapsed() >= HEARTBEAT
-                    || shown != counts && at.elapsed() >= Duration::from_secs(1)
-            }
+        let (age, pause) = match self.shown {
+            None => (HEARTBEAT, HEARTBEAT),
+            Some((shown, at)) if shown == counts => (at.elapsed(), HEARTBEAT),
+            Some((_, at)) => (at.elapsed(), NEWS),
         };
-        if is_due {
-            let (running, queued) = counts;
-            let status = format!("{running} runs active, {queued} queued");
-            let _ = sd_notify::notify(&[NotifyState::Watchdog, NotifyState::Status(&status)]);
-            self.shown = Some((counts, Instant::now()));
+        if age < pause {
+            return pause.saturating_sub(age);
         }
+        let (running, queued) = counts;
+        let status = format!("{running} runs active, {queued} queued");
+        let _ = sd_notify::notify(&[NotifyState::Watchdog, NotifyState::Status(&status)]);
+        self.shown = Some((counts, Instant::now()));
+        HEARTBEAT
     }
+}
+
+/// Does something with a cgroup that takes the longer the more a role made of it.
+async fn blocking(cgroup: &Cgroup, action: fn(&Cgroup) -> io::Result<()>) -> io::Result<()> {
+    let cgroup = cgroup.clone();
+    let done = tokio::task::spawn_blocking(move || action(&cgroup)).await;
+    done.unwrap_or_else(|error| Err(io::Error::other(error)))
 }
 
 /// The frames that give a run to a worker: a start, or a resume with its rounds.

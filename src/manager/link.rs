@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncWriteExt as _, BufReader};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
@@ -29,19 +29,21 @@ const WRITE_PATIENCE: Duration = Duration::from_secs(30);
 pub struct Outbox {
     /// Whose worker it is.
     pub workflow: WorkflowName,
-    lines: mpsc::UnboundedSender<Vec<u8>>,
+    lines: mpsc::Sender<Vec<u8>>,
     /// Dropped with it, and then the worker is heard no more.
-    _open: oneshot::Sender<()>,
+    open: Option<oneshot::Sender<()>>,
 }
 
 impl Outbox {
-    /// Sends frames, in order. A connection that broke is reported by its reader.
-    pub fn send(&self, frames: &[ToWorker]) {
+    /// Sends frames, in order. A connection that broke, or a worker that does not read, is reported by the reader.
+    pub fn send(&mut self, frames: &[ToWorker]) {
         let mut lines = Vec::new();
         for frame in frames {
             protocol::append(&mut lines, frame);
         }
-        let _ = self.lines.send(lines);
+        if self.lines.try_send(lines).is_err() {
+            self.open = None;
+        }
     }
 }
 
@@ -50,9 +52,9 @@ impl Outbox {
 enum Stranger {
     #[error("its peer cannot be told: {0}")]
     Unknown(#[from] std::io::Error),
-    #[error("it is of {0}, which is no worker unit")]
+    #[error("it is of {0:?}, which is no worker unit")]
     NoWorker(String),
-    #[error("it is of {unit}, but process {pid} is not its main process")]
+    #[error("it is of {unit:?}, but process {pid} is not its main process")]
     NotMain { unit: String, pid: u32 },
     #[error("systemd cannot be asked: {0}")]
     Bus(#[from] zbus::Error),
@@ -93,13 +95,32 @@ impl Drop for Seat {
     }
 }
 
+/// Keeps strangers from filling the log: one complaint in a while, and how many there were in between.
+#[derive(Debug, Clone, Default)]
+struct Complaints(Arc<Mutex<(Option<Instant>, u32)>>);
+
+impl Complaints {
+    const PAUSE: Duration = Duration::from_secs(1);
+
+    fn admit(&self) -> Option<u32> {
+        let mut complaints = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (last, before) = &mut *complaints;
+        if last.is_some_and(|last| last.elapsed() < Self::PAUSE) {
+            *before += 1;
+            return None;
+        }
+        *last = Some(Instant::now());
+        Some(std::mem::take(before))
+    }
+}
+
 /// Accepts workers for ever.
 pub async fn serve(
     listener: UnixListener,
     systemd: watch::Receiver<Option<Systemd>>,
     handle: Handle,
 ) {
-    let seats = Seats::default();
+    let (seats, complaints) = (Seats::default(), Complaints::default());
     let mut next: LinkId = 0;
     loop {
         match listener.accept().await {
@@ -111,12 +132,17 @@ pub async fn serve(
                 match seats.take(uid) {
                     Some(seat) => {
                         let (systemd, handle) = (systemd.clone(), handle.clone());
+                        let complaints = complaints.clone();
                         tokio::spawn(async move {
-                            greet(next, stream, systemd, handle).await;
+                            greet(next, stream, systemd, handle, complaints).await;
                             drop(seat);
                         });
                     }
-                    None => tracing::warn!(uid, "too many connections; dropped one"),
+                    None => {
+                        if let Some(before) = complaints.admit() {
+                            tracing::warn!(uid, before, "dropped a connection: there are too many");
+                        }
+                    }
                 }
             }
             Err(error) => {
@@ -133,18 +159,28 @@ async fn greet(
     stream: UnixStream,
     systemd: watch::Receiver<Option<Systemd>>,
     handle: Handle,
+    complaints: Complaints,
 ) {
     let (workflow, place) = match identify(&stream, systemd).await {
         Ok(identified) => identified,
-        Err(stranger) => return tracing::warn!("dropped a connection: {stranger}"),
+        Err(stranger) => {
+            if let Some(before) = complaints.admit() {
+                tracing::warn!(before, "dropped a connection: {stranger}");
+            }
+            return;
+        }
     };
+    let (descendants, depth) = limits::CGROUPS;
+    if let Err(error) = Cgroup::at(&place.cgroup).bound(descendants, depth) {
+        tracing::warn!(workflow = %workflow, %error, "failed to bound the worker's cgroups");
+    }
     let (read_half, write_half) = stream.into_split();
-    let (lines, outgoing) = mpsc::unbounded_channel();
+    let (lines, outgoing) = mpsc::channel(limits::OUTBOX_FRAMES);
     let (open, closed) = oneshot::channel();
     let outbox = Outbox {
         workflow: workflow.clone(),
         lines,
-        _open: open,
+        open: Some(open),
     };
     tokio::spawn(write(write_half, outgoing));
     let unit = workflow.unit();
@@ -184,7 +220,7 @@ async fn identify(
     match identity {
         Some(identity)
             if identity.main_pid == peer.pid
-                && path.starts_with(&identity.cgroup)
+                && is_in(&path, &identity.cgroup)
                 && peer.is_alive() =>
         {
             Ok((
@@ -202,7 +238,12 @@ async fn identify(
     }
 }
 
-async fn write(mut stream: OwnedWriteHalf, mut lines: mpsc::UnboundedReceiver<Vec<u8>>) {
+fn is_in(path: &str, cgroup: &str) -> bool {
+    let below = path.strip_prefix(cgroup);
+    !cgroup.is_empty() && below.is_some_and(|below| below.is_empty() || below.starts_with('/'))
+}
+
+async fn write(mut stream: OwnedWriteHalf, mut lines: mpsc::Receiver<Vec<u8>>) {
     while let Some(bytes) = lines.recv().await {
         let written = tokio::time::timeout(WRITE_PATIENCE, stream.write_all(&bytes)).await;
         if !matches!(written, Ok(Ok(()))) {
@@ -222,6 +263,8 @@ enum Breach {
     NotReady,
     #[error("run {0} cannot end with code {1} and this result")]
     BadEnd(crate::model::name::RunId, u8),
+    #[error("round {1} of run {0} is {2} bytes, which no reply may be")]
+    TooLarge(crate::model::name::RunId, u32, usize),
     #[error("it said ready twice")]
     ReadyTwice,
 }
@@ -229,7 +272,7 @@ enum Breach {
 async fn converse(
     id: LinkId,
     stream: OwnedReadHalf,
-    outbox: Outbox,
+    mut outbox: Outbox,
     workflow: WorkflowName,
     place: Place,
     handle: &Handle,
@@ -267,6 +310,13 @@ async fn converse(
                 run_id,
                 round,
                 message,
+            } if message.content.len() > limits::REPLY_BYTES => {
+                return Err(Breach::TooLarge(run_id, round, message.content.len()));
+            }
+            ToManager::ThreadWorkflowMessage {
+                run_id,
+                round,
+                message,
             } => Input::Message {
                 link: id,
                 run: run_id,
@@ -299,7 +349,7 @@ async fn converse(
                 }
             }
             ToManager::Error { error } => {
-                tracing::warn!(workflow = %workflow, "worker says: {}", error.escape_debug());
+                tracing::warn!(workflow = %workflow, "worker says: {:.1000}", error.escape_debug().to_string());
                 continue;
             }
             ToManager::Ready { .. } => return Err(Breach::ReadyTwice),

@@ -38,6 +38,10 @@ pub const LINE_BYTES: usize = 8 * 1024 * 1024;
 pub const CONNECTIONS: usize = 1_024;
 /// Most connections on the worker socket of one uid.
 pub const CONNECTIONS_PER_UID: usize = 64;
+/// Cgroups that a worker and its roles may make, and how deep: a tree that took minutes to walk would hold up a kill.
+pub const CGROUPS: (u32, u32) = (4_096, 16);
+/// What may wait to be written to a worker that does not read.
+pub const OUTBOX_FRAMES: usize = 4_096;
 /// Template instructions one prompt may use.
 pub const TEMPLATE_FUEL: u64 = 100_000;
 /// Most rows that one answer of the bus holds.

@@ -206,6 +206,9 @@ impl FromStr for RunResult {
     fn from_str(text: &str) -> Result<Self, UnknownWord> {
         let unknown = || UnknownWord("result", text.chars().take(80).collect());
         let code = |code: &str| code.parse().map_err(|_| unknown());
+        if text.chars().any(char::is_control) {
+            return Err(unknown());
+        }
         match text.split_once(':') {
             Some(("exit-code", rest)) => code(rest).map(Self::ExitCode),
             Some(("worker-exit", rest)) => code(rest).map(Self::WorkerExit),

@@ -69,6 +69,18 @@ impl Cgroup {
         }
     }
 
+    /// Bounds what may be made below it. Only the owner of this cgroup can undo that, not those it is delegated to.
+    ///
+    /// # Errors
+    /// As write(2).
+    pub fn bound(&self, descendants: u32, depth: u32) -> io::Result<()> {
+        fs::write(
+            self.0.join("cgroup.max.descendants"),
+            descendants.to_string(),
+        )?;
+        fs::write(self.0.join("cgroup.max.depth"), depth.to_string())
+    }
+
     /// Kills every process in it and below, those that are being forked included.
     ///
     /// # Errors

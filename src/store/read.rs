@@ -62,7 +62,7 @@ pub struct ThreadRange {
     pub limit: Option<u32>,
     /// Only what is older than this round.
     pub before: Option<u32>,
-    /// Fewer, when their content would be more than this; at least one.
+    /// Fewer, when as JSON they would be more than this; at least one.
     pub bytes: Option<usize>,
 }
 
@@ -218,6 +218,10 @@ impl Store {
         ])?;
         let (mut thread, mut bytes) = (Vec::new(), 0);
         while let Some(row_of_event) = rows.next()? {
+            bytes += row_of_event
+                .get_ref("payload")?
+                .as_bytes()
+                .map_or(0, <[u8]>::len);
             let (round, message) = match event(row_of_event)? {
                 (RunEvent::ThreadWorkflowMessage { round, message }, _) => (round, message),
                 (RunEvent::Queued(accepted), at) => {
@@ -225,7 +229,6 @@ impl Store {
                 }
                 _ => continue,
             };
-            bytes += message.content.len();
             if range.bytes.is_some_and(|most| bytes > most) && !thread.is_empty() {
                 break;
             }

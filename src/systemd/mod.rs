@@ -8,8 +8,9 @@ mod proxy;
 
 use std::collections::{BTreeMap, HashMap};
 
-use futures_util::{Stream, StreamExt as _};
-use zbus::wire::OwnedVariant;
+use futures_util::StreamExt as _;
+use tokio::sync::mpsc;
+use zbus::wire::{OwnedObjectPath, OwnedVariant};
 use zbus::{Connection, MatchRule, MessageStream, message};
 
 use crate::engine::{Unit, UnitState};
@@ -85,21 +86,21 @@ impl Systemd {
         settings: &WorkerSettings,
     ) -> Result<(), StartError> {
         let name = unit.workflow.unit();
+        if let Some(obstacle) = self.obstacle(&name).await? {
+            return Err(StartError::Refused(obstacle));
+        }
         // A failed unit keeps its name until it is reset; that there is none is the usual case.
         let _ = self.manager.reset_failed_unit(&name).await;
-        match self
+        let started = self
             .manager
             .start_transient_unit(&name, "fail", &unit.properties(settings), &[])
-            .await
-        {
+            .await;
+        match started {
             Ok(_) => Ok(()),
             Err(zbus::Error::MethodError(error, ..))
                 if error.as_str() == "org.freedesktop.systemd1.UnitExists" =>
             {
-                match self.obstacle(&name).await? {
-                    Some(obstacle) => Err(StartError::Refused(obstacle)),
-                    None => Err(StartError::Exists),
-                }
+                Err(StartError::Exists)
             }
             Err(zbus::Error::MethodError(error, _, _)) if is_trouble(error.as_str()) => {
                 Err(StartError::Bus(zbus::Error::Failure(error.to_string())))
@@ -111,15 +112,15 @@ impl Systemd {
         }
     }
 
-    /// What stands in the way of a unit that exists and is not ours.
+    /// What stands in the way: a unit of this name that is not ours. It is looked at, never touched.
     async fn obstacle(&self, name: &str) -> zbus::Result<Option<String>> {
         // A file on disk is no loaded unit until somebody asks for it.
         let path = self.manager.load_unit(name).await?;
         let unit = self.read(&path, UNIT).await?;
-        let (load, file) = (text(&unit, "LoadState"), text(&unit, "FragmentPath"));
-        Ok(match load.as_str() {
+        let file = text(&unit, "FragmentPath");
+        Ok(match text(&unit, "LoadState").as_str() {
             "masked" => Some(format!("{name} is masked: systemctl unmask {name}")),
-            _ if file.is_empty() || file.starts_with(TRANSIENT) => None,
+            _ if is_ours(&file) => None,
             _ => Some(format!(
                 "{file} stands in the way: nerve makes {name} itself; use a drop-in in {name}.d/ instead"
             )),
@@ -143,9 +144,10 @@ impl Systemd {
             self.read(&path, UNIT).await?,
             self.read(&path, UNIT_SERVICE).await?,
         );
-        let has_job =
-            get::<(u32, zbus::wire::OwnedObjectPath)>(&unit, "Job").is_some_and(|(id, _)| id != 0);
+        let has_job = get::<(u32, OwnedObjectPath)>(&unit, "Job").is_some_and(|(id, _)| id != 0);
         let state = match text(&unit, "ActiveState").as_str() {
+            // Somebody else's: to start ours is to be told so.
+            _ if !is_ours(&text(&unit, "FragmentPath")) => UnitState::Absent,
             "active" | "reloading" => UnitState::Active,
             "deactivating" => UnitState::Stopping,
             // Between two starts a unit that restarts looks dead for a moment, but has a job.
@@ -214,7 +216,7 @@ impl Systemd {
     ///
     /// # Errors
     /// When the bus does not take the subscription.
-    pub async fn changes(&self) -> zbus::Result<impl Stream<Item = WorkflowName> + use<>> {
+    pub async fn changes(&self) -> zbus::Result<mpsc::UnboundedReceiver<WorkflowName>> {
         let signals = || {
             MatchRule::builder()
                 .msg_type(message::Type::Signal)
@@ -231,23 +233,22 @@ impl Systemd {
             .build()?;
         let changed = MessageStream::for_match_rule(changed, &self.connection, None).await?;
         let removed = MessageStream::for_match_rule(removed, &self.connection, None).await?;
-        let workflow = |message: zbus::Result<message::Message>| {
-            let message = message.ok()?;
-            let header = message.header();
-            if header.member()?.as_str() == "UnitRemoved" {
-                let body = message.body();
-                let (unit, _): (&str, zbus::wire::ObjectPath<'_>) = body.deserialize().ok()?;
-                return WorkflowName::of_unit(unit);
+        let mut signals = futures_util::stream::select(changed, removed);
+        let (sender, workflows) = mpsc::unbounded_channel();
+        // A task of its own: a stream that is not read holds up all of the connection, answers to calls included.
+        tokio::spawn(async move {
+            while let Some(Ok(signal)) = signals.next().await {
+                if let Some(workflow) = unit_of(&signal)
+                    && sender.send(workflow).is_err()
+                {
+                    return;
+                }
             }
-            WorkflowName::of_unit(&unescape(
-                header.path()?.strip_prefix(UNITS)?.strip_prefix('/')?,
-            ))
-        };
-        let workflows = futures_util::stream::select(changed, removed).map(workflow);
-        Ok(workflows.filter_map(std::future::ready))
+        });
+        Ok(workflows)
     }
 
-    async fn path(&self, name: &str) -> zbus::Result<Option<zbus::wire::OwnedObjectPath>> {
+    async fn path(&self, name: &str) -> zbus::Result<Option<OwnedObjectPath>> {
         match self.manager.get_unit(name).await {
             Ok(path) => Ok(Some(path)),
             Err(zbus::Error::MethodError(error, ..))
@@ -259,11 +260,7 @@ impl Systemd {
         }
     }
 
-    async fn read(
-        &self,
-        path: &zbus::wire::OwnedObjectPath,
-        interface: &str,
-    ) -> zbus::Result<Properties> {
+    async fn read(&self, path: &OwnedObjectPath, interface: &str) -> zbus::Result<Properties> {
         let properties = PropertiesProxy::builder(&self.connection)
             .path(path.clone())
             .build()
@@ -280,6 +277,22 @@ impl Systemd {
             all => all,
         }
     }
+}
+
+/// The workflow whose worker unit a signal is about.
+fn unit_of(signal: &message::Message) -> Option<WorkflowName> {
+    let header = signal.header();
+    if header.member()?.as_str() == "UnitRemoved" {
+        let (unit, _): (String, OwnedObjectPath) = signal.body().deserialize().ok()?;
+        return WorkflowName::of_unit(&unit);
+    }
+    let label = header.path()?.strip_prefix(UNITS)?.strip_prefix('/')?;
+    WorkflowName::of_unit(&unescape(label))
+}
+
+/// Whether a unit with this file, or none yet, is one that nerve made.
+fn is_ours(file: &str) -> bool {
+    file.is_empty() || file.starts_with(TRANSIENT)
 }
 
 /// Errors that say nothing about the request.

@@ -334,15 +334,16 @@ fn meta(result: Option<&RunResult>, stderr: &[u8]) -> Map<String, Value> {
     meta
 }
 
-/// The reply as text, without trailing newlines, and whether it was text.
+/// The reply as text, without trailing newlines, and whether it was text. NUL is none: D-Bus cannot carry it.
 fn decode(mut bytes: Vec<u8>) -> (String, bool) {
     bytes.truncate(trimmed(&bytes));
     match String::from_utf8(bytes) {
-        Ok(text) => (text, true),
-        Err(error) => (
-            String::from_utf8_lossy(error.as_bytes()).into_owned(),
-            false,
-        ),
+        Ok(text) if !text.contains('\0') => (text, true),
+        Ok(text) => (text.replace('\0', "\u{fffd}"), false),
+        Err(error) => {
+            let text = String::from_utf8_lossy(error.as_bytes());
+            (text.replace('\0', "\u{fffd}"), false)
+        }
     }
 }
 

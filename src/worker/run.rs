@@ -175,7 +175,6 @@ impl Run {
         let mut environment = self.home.environment.clone();
         environment.extend(
             [
-                ("NERVE_WORKFLOW", self.workflow.name.to_string()),
                 ("NERVE_RUN_ID", self.id.to_string()),
                 ("NERVE_ROLE", name.to_string()),
                 ("NERVE_ROUND", number.to_string()),

@@ -203,6 +203,7 @@ class WorkerEnds(EndsCase):
         "lack-group": command("true", worker={"User": "nerve", "Group": "no-group-of-this-name"}),
         "lack-path": command("true", worker={"ReadWritePaths": "/nonexistent/path"}),
         "stay-masked": command("true"),
+        "mend-mask": command("true"),
         "stay-blocked": command("true"),
         "stay-denied": command("true"),
     }
@@ -304,10 +305,10 @@ class WorkerEnds(EndsCase):
 
     def test_255_is_followed_by_a_new_chance(self):
         # What is wrong may be put right: the next run starts the worker again.
-        self.file("nerve-wf@stay-masked.service", None)
-        self.refused("stay-masked")
+        self.file("nerve-wf@mend-mask.service", None)
+        self.refused("mend-mask")
         self.doCleanups()
-        self.check("stay-masked", 0, "completed", "success")
+        self.check("mend-mask", 0, "completed", "success")
 
 
 # ---- rounds and what they are given ---------------------------------------------------------------------------------
