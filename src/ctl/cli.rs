@@ -163,7 +163,7 @@ pub(super) struct Kill {
 pub(super) struct Thread {
     /// The run: its id or the last digits of it
     pub run: OsString,
-    /// The newest N rounds; the start (round 0) is there only when the run has fewer than N
+    /// The newest N rounds, without the start; without it all, the start (round 0) first
     #[arg(short = 'n', long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub lines: Option<u32>,
     /// How to print it

@@ -58,7 +58,7 @@ pub struct RunFilter {
 /// Which part of a thread; by default all of it.
 #[derive(Debug, Clone, Default)]
 pub struct ThreadRange {
-    /// The newest so many.
+    /// The newest so many rounds, without the start.
     pub limit: Option<u32>,
     /// Only what is older than this round.
     pub before: Option<u32>,
@@ -209,10 +209,16 @@ impl Store {
             "SELECT seq, payload, at FROM events WHERE ref = ?1 AND type IN (?2, ?3) ORDER BY seq DESC LIMIT ?4 OFFSET ?5",
         )?;
         let limit = range.limit.map_or(i64::MAX, i64::from);
+        // Who counts rounds does not mean the start.
+        let start = if range.limit.is_none() {
+            RunEvent::QUEUED
+        } else {
+            RunEvent::MESSAGE
+        };
         let mut rows = select.query(params![
             id.to_string(),
             RunEvent::MESSAGE,
-            RunEvent::QUEUED,
+            start,
             limit,
             skipped
         ])?;

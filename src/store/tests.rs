@@ -180,7 +180,7 @@ fn a_thread_is_read_whole_by_its_end_and_in_pieces() {
     };
     assert_eq!(rounds(None, None, None), [0, 1, 2]);
     assert_eq!(rounds(Some(2), None, None), [1, 2]);
-    assert_eq!(rounds(Some(9), None, None), [0, 1, 2]);
+    assert_eq!(rounds(Some(9), None, None), [1, 2]);
     assert!(rounds(Some(0), None, None).is_empty());
     assert_eq!(rounds(None, Some(2), None), [0, 1]);
     assert_eq!(rounds(Some(1), Some(2), None), [1]);

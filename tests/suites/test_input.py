@@ -680,6 +680,11 @@ class Replies(Lives):
                     "SELECT payload, at FROM events WHERE ref = ? AND payload LIKE '%\"message\"%'", [run]).fetchone()
                 event = json.loads(payload)
                 event["message"]["meta"]["stderr"] = "\x01" * 8192
+                name, keeps = connection.execute(
+                    "SELECT name, sql FROM sqlite_master WHERE type = 'trigger' AND tbl_name = 'workflow_runs'").fetchone()
+                connection.execute(f"DROP TRIGGER {name}")
+                connection.execute("UPDATE workflow_runs SET rounds = ? WHERE run = ?", [rounds, run])
+                connection.execute(keeps)
                 for number in range(2, rounds + 1):
                     event["round"] = number
                     connection.execute(

@@ -226,8 +226,7 @@ class Units(nervebox.Case):
         def is_chatty():
             since = nervebox.properties("nerve.service", "InvocationID")["InvocationID"]
             nervebox.start("say-good", wait=True)
-            # Below notice, which is what INFO of the Rust world is in the journal.
-            return any(entry["PRIORITY"] in ("6", "7") for entry in nervebox.journal(f"_SYSTEMD_INVOCATION_ID={since}",
+            return any(entry["PRIORITY"] == "7" for entry in nervebox.journal(f"_SYSTEMD_INVOCATION_ID={since}",
                                                                                      "_COMM=nerved"))
         nervebox.restart_nerve()
         self.assertFalse(is_chatty())
