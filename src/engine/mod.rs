@@ -84,6 +84,8 @@ pub enum Input {
     Unit { workflow: WorkflowName, unit: Unit },
     /// All worker units that systemd has; those that are not named do not exist.
     Units(BTreeMap<WorkflowName, Unit>),
+    /// systemd took the job to start a worker unit, or nobody knows: what it says of the unit counts again.
+    StartTaken { workflow: WorkflowName },
     /// systemd refused to start a worker unit.
     StartRefused {
         workflow: WorkflowName,
@@ -321,6 +323,10 @@ impl Engine {
             Input::Units(units) => {
                 self.units(&units)?;
                 None
+            }
+            Input::StartTaken { workflow } => {
+                self.workflow(&workflow).worker.start_pending = false;
+                Some(workflow)
             }
             Input::StartRefused { workflow, error } => {
                 self.start_refused(&workflow, &error)?;

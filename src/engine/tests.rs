@@ -644,10 +644,26 @@ fn a_worker_that_ends_before_it_is_ready_is_not_started_for_ever() {
     let run = world.start();
     let mut starts = 1;
     while world.status(run) == Status::Started {
+        world.step(Input::StartTaken { workflow: name() });
         world.step(unit(UnitState::Absent, Some(Exit::Code(0))));
         starts += u32::from(world.starts_unit());
     }
     assert_eq!((starts, world.result(run)), (4, Some("worker-died".into())));
+}
+
+#[test]
+fn while_systemd_is_asked_to_start_a_unit_that_there_is_none_is_no_news() {
+    let mut world = World::new("");
+    world.step(Input::Units(BTreeMap::new()));
+    let run = world.start();
+    for _ in 0..9 {
+        world.step(unit(UnitState::Absent, None));
+        assert!(!world.starts_unit());
+    }
+    world.step(Input::StartTaken { workflow: name() });
+    world.step(unit(UnitState::Absent, None));
+    assert!(world.starts_unit());
+    assert_eq!(world.status(run), Status::Started);
 }
 
 #[test]

@@ -49,6 +49,8 @@ pub(super) struct Worker {
     /// Since when it has nothing to do, in µs of CLOCK_BOOTTIME.
     idle_since: Option<u64>,
     told_to_stop: bool,
+    /// systemd was asked to start the unit and has not answered: that there is none is no news.
+    pub(super) start_pending: bool,
     /// Starts since the last `ready`.
     barren_starts: u32,
 }
@@ -97,6 +99,7 @@ impl Engine {
         });
         worker.unit = Some(UnitState::Active);
         worker.told_to_stop = false;
+        worker.start_pending = false;
         worker.barren_starts = 0;
         self.links.insert(link, name.clone());
         if let Some(old) = old {
@@ -184,8 +187,8 @@ impl Engine {
             .unwrap_or_default();
         if losses > limits::RESUMES_WITHOUT_PROGRESS {
             let result = match exit {
-                Some(Exit::Code(code)) => RunResult::WorkerExit(code),
-                Some(Exit::Signal(_)) | None => RunResult::WorkerDied,
+                Some(Exit::Code(code)) if code != 0 => RunResult::WorkerExit(code),
+                _ => RunResult::WorkerDied,
             };
             return self.end(id, result, None);
         }
@@ -310,6 +313,7 @@ impl Engine {
             return self.settle(name);
         }
         worker.unit = Some(UnitState::Starting);
+        worker.start_pending = true;
         self.act(Action::StartUnit {
             workflow: name.clone(),
             settings: definition.workflow.worker.clone(),
@@ -331,6 +335,10 @@ impl Engine {
 
     pub(super) fn unit(&mut self, name: &WorkflowName, unit: &Unit) -> Result<(), Illegal> {
         let worker = &mut self.workflow(name).worker;
+        if worker.start_pending && unit.state == UnitState::Absent {
+            return Ok(());
+        }
+        worker.start_pending = false;
         worker.unit = Some(unit.state);
         if unit.exit.is_some() {
             worker.last_exit = unit.exit;
@@ -369,6 +377,7 @@ impl Engine {
         };
         let names: Vec<_> = self.workflows.keys().cloned().collect();
         for name in names {
+            self.workflow(&name).worker.start_pending = false;
             self.unit(&name, units.get(&name).unwrap_or(&absent))?;
         }
         Ok(())
@@ -379,7 +388,9 @@ impl Engine {
         name: &WorkflowName,
         error: &str,
     ) -> Result<(), Illegal> {
-        self.workflow(name).worker.unit = Some(UnitState::Absent);
+        let worker = &mut self.workflow(name).worker;
+        worker.start_pending = false;
+        worker.unit = Some(UnitState::Absent);
         self.give_up(name, &RunResult::UnitRefused, error)
     }
 

@@ -331,20 +331,27 @@ impl Driver {
                 executable: &executable,
                 socket: &socket,
             };
-            match systemd.start(&unit, &settings).await {
+            let started = systemd.start(&unit, &settings).await;
+            match &started {
                 Ok(()) => tracing::info!(workflow = %workflow, "starting {}", workflow.unit()),
                 Err(StartError::Refused(error)) => {
                     tracing::error!(workflow = %workflow, error, "systemd refuses {}", workflow.unit());
-                    handle.report(Input::StartRefused { workflow, error }).await;
+                    let (workflow, error) = (workflow.clone(), error.clone());
+                    return handle.report(Input::StartRefused { workflow, error }).await;
                 }
-                Err(StartError::Exists) => {
-                    if let Ok(unit) = systemd.unit(&workflow).await {
-                        handle.report(Input::Unit { workflow, unit }).await;
-                    }
-                }
+                Err(StartError::Exists) => {}
                 Err(StartError::Bus(error)) => {
-                    tracing::warn!(workflow = %workflow, %error, "lost the bus while starting")
+                    tracing::warn!(workflow = %workflow, %error, "lost the bus while starting");
                 }
+            }
+            let taken = Input::StartTaken {
+                workflow: workflow.clone(),
+            };
+            handle.report(taken).await;
+            if started.is_err()
+                && let Ok(unit) = systemd.unit(&workflow).await
+            {
+                handle.report(Input::Unit { workflow, unit }).await;
             }
         });
     }

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, HashMap};
 use futures_util::StreamExt as _;
 use tokio::sync::mpsc;
 use zbus::wire::{OwnedObjectPath, OwnedVariant};
-use zbus::{Connection, MatchRule, MessageStream, message};
+use zbus::{Connection, MatchRule, MessageStream, fdo, message};
 
 use crate::engine::{Unit, UnitState};
 use crate::model::exit::Exit;
@@ -86,11 +86,13 @@ impl Systemd {
         settings: &WorkerSettings,
     ) -> Result<(), StartError> {
         let name = unit.workflow.unit();
-        if let Some(obstacle) = self.obstacle(&name).await? {
-            return Err(StartError::Refused(obstacle));
+        // A failed unit keeps its name until it is reset; a reset also forgets systemd's count of starts.
+        if let Some(path) = self.path(&name).await? {
+            let unit = self.read(&path, UNIT).await?;
+            if text(&unit, "ActiveState") == "failed" && is_ours(&text(&unit, "FragmentPath")) {
+                self.manager.reset_failed_unit(&name).await?;
+            }
         }
-        // A failed unit keeps its name until it is reset; that there is none is the usual case.
-        let _ = self.manager.reset_failed_unit(&name).await;
         let started = self
             .manager
             .start_transient_unit(&name, "fail", &unit.properties(settings), &[])
@@ -100,15 +102,14 @@ impl Systemd {
             Err(zbus::Error::MethodError(error, ..))
                 if error.as_str() == "org.freedesktop.systemd1.UnitExists" =>
             {
-                Err(StartError::Exists)
+                match self.obstacle(&name).await? {
+                    Some(obstacle) => Err(StartError::Refused(obstacle)),
+                    None => Err(StartError::Exists),
+                }
             }
-            Err(zbus::Error::MethodError(error, _, _)) if is_trouble(error.as_str()) => {
-                Err(StartError::Bus(zbus::Error::Failure(error.to_string())))
-            }
-            Err(zbus::Error::MethodError(error, words, _)) => Err(StartError::Refused(
-                words.unwrap_or_else(|| error.to_string()),
-            )),
-            Err(error) => Err(StartError::Bus(error)),
+            Err(error) if is_trouble(&error) => Err(StartError::Bus(error)),
+            Err(zbus::Error::MethodError(_, Some(words), _)) => Err(StartError::Refused(words)),
+            Err(error) => Err(StartError::Refused(error.to_string())),
         }
     }
 
@@ -267,10 +268,11 @@ impl Systemd {
             .await?;
         match properties.get_all(interface).await {
             // It went away between two calls.
-            Err(zbus::Error::MethodError(error, ..))
-                if error
-                    .as_str()
-                    .starts_with("org.freedesktop.DBus.Error.Unknown") =>
+            Err(zbus::Error::FDO(error))
+                if matches!(
+                    *error,
+                    fdo::Error::UnknownObject(_) | fdo::Error::UnknownInterface(_)
+                ) =>
             {
                 Ok(Properties::new())
             }
@@ -295,22 +297,28 @@ fn is_ours(file: &str) -> bool {
     file.is_empty() || file.starts_with(TRANSIENT)
 }
 
-/// Errors that say nothing about the request.
-fn is_trouble(error: &str) -> bool {
-    let Some(error) = error.strip_prefix("org.freedesktop.DBus.Error.") else {
-        return false;
+/// Errors that say nothing about the request: the answer is not there, rather than no.
+fn is_trouble(error: &zbus::Error) -> bool {
+    use fdo::Error::{
+        Disconnected, IOError, LimitsExceeded, NameHasNoOwner, NoReply, NoServer, ServiceUnknown,
+        TimedOut, Timeout,
     };
-    [
-        "NoReply",
-        "Timeout",
-        "TimedOut",
-        "Disconnected",
-        "ServiceUnknown",
-        "NameHasNoOwner",
-        "LimitsExceeded",
-        "NoServer",
-    ]
-    .contains(&error)
+    match error {
+        zbus::Error::MethodError(..) => false,
+        zbus::Error::FDO(error) => matches!(
+            **error,
+            Disconnected(_)
+                | IOError(_)
+                | LimitsExceeded(_)
+                | NameHasNoOwner(_)
+                | NoReply(_)
+                | NoServer(_)
+                | ServiceUnknown(_)
+                | TimedOut(_)
+                | Timeout(_)
+        ),
+        _ => true,
+    }
 }
 
 fn get<T: TryFrom<OwnedVariant>>(properties: &Properties, name: &str) -> Option<T> {
