@@ -20,15 +20,17 @@ use tokio::time::{Instant, sleep};
 
 use super::handle::{Change, Handle, INBOX, Overview};
 use super::link::Outbox;
-use crate::engine::{Action, Answer, Dispatch, Engine, Input, LinkId, Now, Order, Ticket, Turn};
+use crate::engine::{
+    Action, Answer, Dispatch, Engine, Input, LinkId, Now, Order, Staged, Ticket, Turn,
+};
 use crate::model::message::Message;
 use crate::model::name::{RunId, WorkflowName};
-use crate::model::run::RunEvent;
+use crate::model::run::{Run, RunEvent};
 use crate::model::status::Status;
 use crate::model::workflow::WorkerSettings;
 use crate::os::cgroup::Cgroup;
 use crate::os::clock;
-use crate::store;
+use crate::store::{self, Store};
 use crate::systemd::{StartError, Systemd, WorkerUnit};
 use crate::worker::protocol::{Assignment, ToWorker, VERSION};
 
@@ -192,51 +194,41 @@ impl Driver {
             runs,
             actions,
         } = self.engine.take_turn();
-        if !events.is_empty() {
-            // A status only changes by these; a round or a dispatch is nobody's news.
-            let is_news = |event: &RunEvent| {
-                !matches!(
-                    event,
-                    RunEvent::Dispatched { .. }
-                        | RunEvent::ThreadWorkflowMessage { .. }
-                        | RunEvent::WorkerLost { .. }
-                )
-            };
-            let changed: BTreeSet<_> = events
-                .iter()
-                .filter(|staged| is_news(&staged.event))
-                .map(|staged| staged.run)
-                .collect();
-            let announced: Vec<_> = changed
-                .iter()
-                .filter_map(|id| Some((*id, runs.get(id)?.status())))
-                .collect();
-            for staged in &events {
-                tracing::debug!(run_id = %staged.run, event = staged.event.name(), "event");
-            }
-            let committed = self
-                .world
-                .store
-                .call(move |store| store.commit(&events, &runs))
-                .await;
-            if let Err(error) = committed {
-                if error.is_full() {
-                    // Nothing of the turn is stored: for once a failed commit can be answered.
-                    self.tickets
-                        .drain()
-                        .for_each(|(_, reply)| drop(reply.send(Answer::NoSpace)));
-                }
-                return Err(error);
-            }
-            for change in announced {
-                let _ = self.world.changes.send(change);
-            }
+        for staged in &events {
+            tracing::debug!(run_id = %staged.run, event = staged.event.name(), "event");
         }
-        self.perform(actions).await
+        let announced = news(&events, &runs);
+        let dispatched: Vec<_> = actions.iter().filter_map(dispatched).collect();
+        let mut threads = BTreeMap::new();
+        if !events.is_empty() || !dispatched.is_empty() {
+            // One way to the store and back, since every run of the turn waits for it.
+            let turn = move |store: &mut Store| {
+                if !events.is_empty() {
+                    store.commit(&events, &runs)?;
+                }
+                read_threads(store, &dispatched)
+            };
+            threads = match self.world.store.call(turn).await {
+                Ok(threads) => threads,
+                Err(error) => {
+                    if error.is_full() {
+                        // Nothing of the turn is stored: for once a failed commit can be answered.
+                        for (_, reply) in self.tickets.drain() {
+                            let _ = reply.send(Answer::NoSpace);
+                        }
+                    }
+                    return Err(error);
+                }
+            };
+        }
+        for change in announced {
+            let _ = self.world.changes.send(change);
+        }
+        self.perform(actions, threads);
+        Ok(())
     }
 
-    async fn perform(&mut self, actions: Vec<Action>) -> Result<(), store::Error> {
-        let mut threads = self.threads(&actions).await?;
+    fn perform(&mut self, actions: Vec<Action>, mut threads: BTreeMap<RunId, Vec<Message>>) {
         for action in actions {
             match action {
                 Action::Answer { ticket, answer } => {
@@ -261,34 +253,6 @@ impl Driver {
                 Action::Empty { run, cgroup } => self.empty(run, cgroup),
             }
         }
-        Ok(())
-    }
-
-    /// The threads of all runs that are dispatched in this turn, read in one go.
-    async fn threads(
-        &self,
-        actions: &[Action],
-    ) -> Result<BTreeMap<RunId, Vec<Message>>, store::Error> {
-        let dispatched = actions.iter().filter_map(|action| match action {
-            Action::Dispatch { dispatch, .. } => Some(dispatch.run),
-            _ => None,
-        });
-        let runs: Vec<_> = dispatched.collect();
-        if runs.is_empty() {
-            return Ok(BTreeMap::new());
-        }
-        let read = move |store: &mut store::Store| {
-            let mut threads = BTreeMap::new();
-            for run in runs {
-                let messages = store
-                    .thread(run, &store::ThreadRange::default())?
-                    .into_iter()
-                    .map(|round| round.message);
-                threads.insert(run, messages.collect());
-            }
-            Ok(threads)
-        };
-        self.world.store.call(read).await
     }
 
     fn tell(&mut self, link: LinkId, frames: &[ToWorker]) {
@@ -407,6 +371,47 @@ impl Driver {
         self.shown = Some((counts, Instant::now()));
         HEARTBEAT
     }
+}
+
+/// The runs whose status changed, as they now are; a round or a dispatch is nobody's news.
+fn news(events: &[Staged], runs: &BTreeMap<RunId, Run>) -> Vec<(RunId, Status)> {
+    let is_news = |staged: &&Staged| {
+        !matches!(
+            staged.event,
+            RunEvent::Dispatched { .. }
+                | RunEvent::ThreadWorkflowMessage { .. }
+                | RunEvent::WorkerLost { .. }
+        )
+    };
+    let changed: BTreeSet<_> = events
+        .iter()
+        .filter(is_news)
+        .map(|staged| staged.run)
+        .collect();
+    let status = |id: &RunId| Some((*id, runs.get(id)?.status()));
+    changed.iter().filter_map(status).collect()
+}
+
+fn dispatched(action: &Action) -> Option<RunId> {
+    match action {
+        Action::Dispatch { dispatch, .. } => Some(dispatch.run),
+        _ => None,
+    }
+}
+
+fn read_threads(
+    store: &Store,
+    runs: &[RunId],
+) -> Result<BTreeMap<RunId, Vec<Message>>, store::Error> {
+    let mut threads = BTreeMap::new();
+    for run in runs {
+        let thread = store.thread(*run, &store::ThreadRange::default())?;
+        threads.insert(
+            *run,
+            thread.into_iter().map(|round| round.message).collect(),
+        );
+    }
+    Ok(threads)
 }
 
 /// Does something with a cgroup that takes the longer the more a role made of it.

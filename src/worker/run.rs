@@ -24,7 +24,7 @@ use crate::os::cgroup::Cgroup;
 /// What a run reports.
 #[derive(Debug)]
 pub(super) enum Report {
-    /// A round is done; the next one waits for its acknowledgement.
+    /// A round is done; the next one waits for its acknowledgement, an end does not.
     Round { round: u32, message: Message },
     /// The run ended; nothing of it is left.
     End(RunResult),
@@ -41,6 +41,8 @@ pub(super) struct Run {
     /// The start, then the rounds.
     thread: Vec<Message>,
     position: Position,
+    /// The newest round that is durable.
+    acknowledged: u32,
     deadline: Option<Instant>,
     cgroup: Cgroup,
     directory: PathBuf,
@@ -84,6 +86,7 @@ impl Run {
             max_rounds: assignment.max_rounds,
             workflow,
             thread: std::iter::once(start).chain(rounds).collect(),
+            acknowledged: position.as_ref().map_or(0, |position| position.rounds),
             position: position.unwrap_or_default(),
             deadline: assignment
                 .timeout_ms
@@ -113,37 +116,36 @@ impl Run {
         loop {
             let role = match moderator::next(&self.workflow, self.max_rounds, &self.position) {
                 Next::End(result) => return result,
-                Next::Role(_)
-                    if self
-                        .deadline
-                        .is_some_and(|deadline| deadline <= Instant::now()) =>
-                {
-                    return RunResult::Timeout;
-                }
                 Next::Role(role) => role,
             };
+            // No round before the last one is durable. An end need not wait: it is made durable together with it.
+            while self.acknowledged < self.position.rounds {
+                match orders.recv().await {
+                    Some(Order::MessageAck(round)) => {
+                        self.acknowledged = self.acknowledged.max(round)
+                    }
+                    Some(Order::Kill { .. }) | None => return RunResult::Killed,
+                }
+            }
+            if self
+                .deadline
+                .is_some_and(|deadline| deadline <= Instant::now())
+            {
+                return RunResult::Timeout;
+            }
             let round = self.position.rounds + 1;
             let message = match self.round(&role, round, orders).await {
                 RoundEnd::Said(message) => message,
                 RoundEnd::Killed => return RunResult::Killed,
                 RoundEnd::TimedOut => return RunResult::Timeout,
             };
-            let _ = reports.send((
-                self.id,
-                Report::Round {
-                    round,
-                    message: message.clone(),
-                },
-            ));
+            let report = Report::Round {
+                round,
+                message: message.clone(),
+            };
+            let _ = reports.send((self.id, report));
             self.position = self.position.after(&message).unwrap_or_default();
             self.thread.push(message);
-            loop {
-                match orders.recv().await {
-                    Some(Order::MessageAck(acknowledged)) if acknowledged == round => break,
-                    Some(Order::MessageAck(_)) => {}
-                    Some(Order::Kill { .. }) | None => return RunResult::Killed,
-                }
-            }
         }
     }
 

@@ -133,8 +133,8 @@ struct Running {
     orders: mpsc::UnboundedSender<Order>,
     attempt: u32,
     round: u32,
-    /// What nerved has not acknowledged.
-    unacknowledged: Option<ToManager>,
+    /// What nerved has not acknowledged: a round, an end, or both.
+    unacknowledged: Vec<ToManager>,
     ended: bool,
     /// nerved wants to hear no more of it.
     forgotten: bool,
@@ -248,11 +248,14 @@ impl Stock {
     fn connect(&mut self, stream: UnixStream) -> mpsc::Receiver<ToWorker> {
         let (read_half, mut write_half) = stream.into_split();
         let (frame, frames) = mpsc::channel(64);
-        // Unbounded, but every run has at most one thing to say until it is acknowledged.
-        let (outbox, mut bytes) = mpsc::unbounded_channel::<Vec<u8>>();
+        // Unbounded, but every run has at most a round and its end to say until they are acknowledged.
+        let (outbox, mut lines) = mpsc::unbounded_channel::<Vec<u8>>();
         tokio::spawn(read(read_half, frame));
         tokio::spawn(async move {
-            while let Some(bytes) = bytes.recv().await {
+            while let Some(mut bytes) = lines.recv().await {
+                while let Ok(more) = lines.try_recv() {
+                    bytes.extend(more);
+                }
                 if write_half.write_all(&bytes).await.is_err() {
                     return;
                 }
@@ -312,7 +315,7 @@ impl Stock {
                 }
             }
         };
-        let message = running.unacknowledged.insert(message).clone();
+        running.unacknowledged.push(message.clone());
         self.send(&message);
     }
 
@@ -320,10 +323,12 @@ impl Stock {
         match frame {
             ToWorker::Welcome { .. } => {
                 let _ = sd_notify::notify(&[NotifyState::Status("connected")]);
-                for running in self.runs.values() {
-                    if let Some(message) = &running.unacknowledged {
-                        self.send(message);
-                    }
+                for message in self
+                    .runs
+                    .values()
+                    .flat_map(|running| &running.unacknowledged)
+                {
+                    self.send(message);
                 }
             }
             ToWorker::Error { error } => {
@@ -365,16 +370,16 @@ impl Stock {
             },
             ToWorker::MessageAck { run_id, round } => {
                 if let Some(running) = self.runs.get_mut(&run_id) {
-                    if running.round == round && !running.ended {
-                        running.unacknowledged = None;
-                    }
+                    running.unacknowledged.retain(|message| {
+                        !matches!(message, ToManager::ThreadWorkflowMessage { round: said, .. } if *said == round)
+                    });
                     let _ = running.orders.send(Order::MessageAck(round));
                 }
             }
             ToWorker::EventAck { run_id } => {
                 if let Some(running) = self.runs.get_mut(&run_id) {
                     running.forgotten = true;
-                    running.unacknowledged = None;
+                    running.unacknowledged.clear();
                     if running.ended {
                         self.runs.remove(&run_id);
                     }
@@ -412,7 +417,7 @@ impl Stock {
             orders,
             attempt,
             round,
-            unacknowledged: None,
+            unacknowledged: Vec::new(),
             ended: false,
             forgotten: false,
         };
