@@ -30,6 +30,20 @@ impl Cgroup {
         Self(self.0.join(name))
     }
 
+    /// Makes it anew.
+    ///
+    /// # Errors
+    /// As mkdir(2); as rmdir(2) when there is one and it is not empty.
+    pub fn create_anew(&self) -> io::Result<()> {
+        match fs::create_dir(&self.0) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                self.remove()?;
+                fs::create_dir(&self.0)
+            }
+            result => result,
+        }
+    }
+
     /// Makes it, if it is not there.
     ///
     /// # Errors

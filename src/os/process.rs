@@ -254,6 +254,15 @@ pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?)
 }
 
+/// The same descriptor, which from now on never waits.
+///
+/// # Errors
+/// As ioctl(2).
+pub fn unblocked(fd: OwnedFd) -> io::Result<OwnedFd> {
+    rustix::io::ioctl_fionbio(&fd, true)?;
+    Ok(fd)
+}
+
 /// The environment of this process, as text.
 #[must_use]
 pub fn environment() -> Vec<(String, String)> {

@@ -4,7 +4,7 @@
 //! message is made. Nothing of the round runs when [`Round::execute`] returns.
 
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::pin::{Pin, pin};
 use std::time::Duration;
@@ -83,7 +83,6 @@ struct Output {
 impl Round<'_> {
     /// Executes the round.
     pub(super) async fn execute(self, orders: &mut mpsc::UnboundedReceiver<Order>) -> RoundEnd {
-        let ooms = self.cgroup.oom_kills();
         let (child, stdin, stdout, stderr) = match self.start() {
             Ok(started) => started,
             Err(error) => {
@@ -120,8 +119,8 @@ impl Round<'_> {
             }
             ended
         };
-        let out_of_memory = exit == Exit::Signal(libc::SIGKILL) && self.cgroup.oom_kills() > ooms;
-        // Never to be used again: since Linux 6.14 what is born into a cgroup that was once killed dies at once.
+        let out_of_memory = exit == Exit::Signal(libc::SIGKILL) && self.cgroup.oom_kills() > 0;
+        // A cgroup is for one round: since Linux 6.14 what is born into one that was once killed dies at once.
         if let Err(error) = self.cgroup.remove() {
             tracing::error!(run_id = %self.run, %error, "failed to remove the cgroup of a run");
         }
@@ -135,7 +134,7 @@ impl Round<'_> {
     fn start(&self) -> io::Result<(Child, Option<pipe::Sender>, pipe::Receiver, pipe::Receiver)> {
         let (stdin, feeder) = match &self.prompt {
             Some(_) => process::pipe().map(|(read, write)| (read, Some(write)))?,
-            None => (OwnedFd::from(std::fs::File::open("/dev/null")?), None),
+            None => (self.home.nothing.try_clone()?, None),
         };
         let (stdout, stdout_write) = process::pipe()?;
         let (stderr, stderr_write) = process::pipe()?;
@@ -147,11 +146,13 @@ impl Round<'_> {
             cgroup: cgroup.as_fd(),
             stdio: [stdin.as_fd(), stdout_write.as_fd(), stderr_write.as_fd()],
         };
-        let feeder = feeder.map(pipe::Sender::from_owned_fd).transpose()?;
-        let (stdout, stderr) = (
-            pipe::Receiver::from_owned_fd(stdout)?,
-            pipe::Receiver::from_owned_fd(stderr)?,
-        );
+        let feeder = feeder.map(process::unblocked).transpose()?;
+        let feeder = feeder
+            .map(pipe::Sender::from_owned_fd_unchecked)
+            .transpose()?;
+        let (stdout, stderr) = (process::unblocked(stdout)?, process::unblocked(stderr)?);
+        let stdout = pipe::Receiver::from_owned_fd_unchecked(stdout)?;
+        let stderr = pipe::Receiver::from_owned_fd_unchecked(stderr)?;
         Ok((command.start()?, feeder, stdout, stderr))
     }
 

@@ -205,7 +205,7 @@ impl Run {
 
     /// Sees that the run has its cgroup, its directory, and the thread so far as a file.
     fn prepare(&self) -> io::Result<()> {
-        self.cgroup.create()?;
+        self.cgroup.create_anew()?;
         match std::fs::create_dir(&self.directory) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             _ => {}

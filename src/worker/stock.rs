@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -35,6 +36,8 @@ pub(super) struct Home {
     pub(super) state: PathBuf,
     /// What every role gets.
     pub(super) environment: Vec<(String, String)>,
+    /// What a role without a prompt reads.
+    pub(super) nothing: OwnedFd,
     journal: Journal,
 }
 
@@ -90,6 +93,7 @@ impl Home {
             cgroup,
             state,
             environment,
+            nothing: std::fs::File::open("/dev/null")?.into(),
             journal: Journal::open()?,
         })
     }

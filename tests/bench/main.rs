@@ -3,7 +3,7 @@
 //!
 //! | name | what | floor |
 //! |---|---|---|
-//! | `runs_per_second` | 2,000 runs of `/bin/true`, 8 `StartRun` in flight, until all are terminal and durable | 8 threads of posix_spawn and waitpid |
+//! | `runs_per_second` | 2,000 runs of `/bin/true`, warm worker, 8 `StartRun` in flight, until all are terminal and durable | 8 threads of posix_spawn and waitpid |
 //! | `start_to_exec_ms` | from sending `StartRun` to the role's first act, warm worker, p50 of 500 | the same program by posix_spawn |
 //! | `nerved_idle_kib` | VmHWM of nerved 5 s after its start with an empty store | VmHWM of this machine's dbus-daemon |
 
@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
-use nerve::bus::client::{ListFilter, ManagerProxy, StartOptions, ThreadOptions};
+use nerve::bus::client::{ListFilter, ManagerProxy, RunChangedStream, StartOptions, ThreadOptions};
 use nerve::model::status::Status;
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::json;
@@ -91,9 +91,11 @@ async fn measure() -> Outcome<Vec<Figure>> {
 }
 
 async fn runs_per_second(manager: &ManagerProxy<'static>) -> Outcome<Figure> {
+    // The first run starts the worker; what is measured is what comes after.
+    let mut changes = manager.receive_run_changed().await?;
+    run_to_end(manager, &mut changes, "bench-true").await?;
     // Floors on both sides of what is measured, so that a machine that slows down is seen.
     let before = spawns_per_second();
-    let mut changes = manager.receive_run_changed().await?;
     let begin = Instant::now();
     let ended = async {
         let mut ended = HashSet::new();
@@ -145,7 +147,7 @@ async fn runs_per_second(manager: &ManagerProxy<'static>) -> Outcome<Figure> {
         .iter()
         .filter(|run| run.status == "completed")
         .count();
-    if (started, ended, completed) != (RUNS, RUNS, RUNS) {
+    if (started, ended, completed) != (RUNS, RUNS, RUNS + 1) {
         return Err(
             format!("{started} started, {ended} ended, {completed} completed of {RUNS}").into(),
         );
@@ -191,20 +193,31 @@ fn take_one(left: &AtomicUsize) -> bool {
     .is_ok()
 }
 
+/// Starts a run and waits for its end.
+async fn run_to_end(
+    manager: &ManagerProxy<'static>,
+    changes: &mut RunChangedStream,
+    workflow: &str,
+) -> Outcome<String> {
+    let run = manager
+        .start_run(workflow, "", StartOptions::default())
+        .await?;
+    while let Some(change) = changes.next().await {
+        let arguments = change.args()?;
+        if arguments.run == run && arguments.status.parse::<Status>()?.is_terminal() {
+            break;
+        }
+    }
+    Ok(run)
+}
+
 async fn start_to_exec(manager: &ManagerProxy<'static>) -> Outcome<Figure> {
     let mut changes = manager.receive_run_changed().await?;
+    run_to_end(manager, &mut changes, "bench-clock").await?;
     let mut times = Vec::new();
     for _ in 0..STARTS {
         let sent = monotonic_ns();
-        let run = manager
-            .start_run("bench-clock", "", StartOptions::default())
-            .await?;
-        while let Some(change) = changes.next().await {
-            let arguments = change.args()?;
-            if arguments.run == run && arguments.status.parse::<Status>()?.is_terminal() {
-                break;
-            }
-        }
+        let run = run_to_end(manager, &mut changes, "bench-clock").await?;
         let thread = manager
             .get_thread(
                 &run,
@@ -230,8 +243,6 @@ async fn start_to_exec(manager: &ManagerProxy<'static>) -> Outcome<Figure> {
         let acted: u64 = String::from_utf8(output.stdout)?.trim().parse()?;
         floors.push(acted.saturating_sub(sent));
     }
-    // The first run starts the worker; the rest find it warm.
-    times.remove(0);
     times.sort_unstable();
     floors.sort_unstable();
     let note = format!(
