@@ -178,7 +178,10 @@ fn recover(
     let (mut workflows, mut files) = (BTreeMap::new(), BTreeMap::new());
     for (name, file) in loaded.definitions {
         for diagnostic in &file.parsed.diagnostics {
-            tracing::warn!("{diagnostic}");
+            match diagnostic.severity {
+                Severity::Error => tracing::error!("{diagnostic}"),
+                Severity::Warning => tracing::warn!("{diagnostic}"),
+            }
         }
         let known = match file.parsed.definition {
             Some(definition) => {

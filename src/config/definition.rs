@@ -356,8 +356,8 @@ fn worker(
     settings
 }
 
-/// What the definition expects and this machine does not have: executables, users, groups. Warnings, since a round ends
-/// in `exec-failed` or the unit is refused only if it is still so then. Looks at the file system.
+/// What the definition expects and this machine does not have: executables, paths, users, groups. Warnings, since a
+/// round ends in `exec-failed`, or the worker cannot be started, only if it is still so then. Looks at the file system.
 #[must_use]
 pub fn host_warnings(parsed: &Parsed) -> Vec<Diagnostic> {
     host_warnings_in(parsed, Path::new("/"))
@@ -400,7 +400,7 @@ fn host_warnings_in(parsed: &Parsed, root: &Path) -> Vec<Diagnostic> {
             HostCheck::Path(path) => {
                 if !below(path).exists() {
                     let message = format!("{} does not exist on this machine", quoted(path));
-                    let help = "make it, or write -PATH to go without; systemd refuses the worker otherwise";
+                    let help = "make it, or write -PATH to go without; the worker cannot be started otherwise";
                     reader.warning(*place, message, help);
                 }
                 continue;
@@ -900,7 +900,7 @@ worker:
                 "f.yaml:18:12: warning: \"/usr/bin/make\" of role tester does not exist on this machine (install it, or its rounds end in exec-failed)",
                 "f.yaml:24:9: warning: user build is not in /etc/passwd (did you mean built?)",
                 "f.yaml:26:24: warning: group systemd-journal is not in /etc/group (make it, or the worker cannot be started)",
-                "f.yaml:32:19: warning: \"/srv\" does not exist on this machine (make it, or write -PATH to go without; systemd refuses the worker otherwise)",
+                "f.yaml:32:19: warning: \"/srv\" does not exist on this machine (make it, or write -PATH to go without; the worker cannot be started otherwise)",
             ]
         );
         fs::create_dir_all(root.path().join("usr/bin")).unwrap();

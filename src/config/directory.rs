@@ -1,4 +1,4 @@
-//! The directories that definitions are read from. Called when nerved starts or reloads, and by `nervectl validate`.
+//! The directories that definitions are read from. Called when nerved starts, and by `nervectl validate`.
 //!
 //! A file is opened once and read once: what is checked, hashed and used is the same bytes. Nothing that is found stops
 //! anything: it becomes a diagnostic. A definition decides what runs as which user, so nerved trusts a file only when

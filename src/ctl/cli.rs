@@ -14,17 +14,17 @@ Exit status:
    0  success                       69  nerve or the system bus is not there
   64  usage                         70  internal error
   65  bad definition or input       74  the answer is unknown: look, then repeat
-  66  unknown workflow or run       75  the run was dropped at once
+  66  unknown workflow or run       75  the run was dropped
   67  more than one run is meant    77  not permitted
   68  the run had already ended
   `workflow start --wait` exits with the run's own exit code: 0 completed,
-  1 failed, 2 out of rounds, 124 timed out, 137 killed, 143 aborted,
-  255 crashed. nervectl(1) has the whole table.";
+  1 failed, 2 out of rounds, 124 timed out, 137 killed, 255 crashed.
+  nervectl(1) has the whole table.";
 
 /// Start, watch and end durable workflows.
 ///
-/// A workflow is a file in /etc/nerve/workflows; a run is one execution of it. RUN is a run's id or its last digits,
-/// as many as tell it apart from all others.
+/// A workflow is a file, such as /etc/nerve/workflows/NAME.yaml; a run is one execution of it. RUN is a run's id or its
+/// last digits, as many as tell it apart from all others. Only root may use nervectl, but for `validate`.
 #[derive(Debug, Parser)]
 #[command(name = "nervectl", version, after_help = EXIT_STATUSES, max_term_width = 120, disable_help_subcommand = true)]
 pub(super) struct Cli {
@@ -82,10 +82,10 @@ pub(super) struct Start {
     /// What the run is about: `start.content` in the roles' prompts; at most 1 MiB
     #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
     pub prompt: Option<OsString>,
-    /// Read the prompt from a file, or from stdin (-)
+    /// Read the prompt from a file, or from stdin (-); at most 1 MiB
     #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
     pub prompt_file: Option<PathBuf>,
-    /// End the run (failed, 2) after so many rounds; without it the definition says
+    /// Rounds that the run may take; when it needs one more it ends (failed, 2). Without it the definition says
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(limits::MAX_ROUNDS)))]
     pub max_rounds: Option<u32>,
     /// Wait for the run's end, also across restarts of nerve, and exit with its exit code
@@ -104,7 +104,7 @@ pub(super) struct List {
     /// Only runs that have not ended
     #[arg(long)]
     pub active: bool,
-    /// The newest so many
+    /// The newest so many, at most 10000
     #[arg(short = 'n', long, value_name = "N", default_value_t = 50)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=i64::from(limits::LIST_ROWS)))]
     pub lines: u32,
@@ -147,10 +147,10 @@ pub(super) struct Kill {
     /// The runs: their ids or the last digits of them
     #[arg(required = true, value_name = "RUN")]
     pub runs: Vec<OsString>,
-    /// Why; is kept with the run
+    /// Why; is kept with the run; at most 1 KiB
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub reason: Option<OsString>,
-    /// Time between SIGTERM and SIGKILL; 0 is SIGKILL at once
+    /// Time between SIGTERM and SIGKILL, at most 1 h; 0 is SIGKILL at once
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = grace)]
     pub grace: Duration,
     /// Return once the request is durable; the run ends all the same
@@ -179,7 +179,7 @@ pub(super) struct Logs {
     /// Go on with what comes, until interrupted
     #[arg(short, long)]
     pub follow: bool,
-    /// The newest N lines; without it all
+    /// The newest N lines; without it all of the run
     #[arg(short = 'n', long, value_name = "N")]
     pub lines: Option<u32>,
 }
@@ -187,7 +187,7 @@ pub(super) struct Logs {
 /// `validate`
 #[derive(Debug, Args)]
 pub(super) struct Validate {
-    /// The files; without any, all in the directories that nerve reads
+    /// The files; without any, all that nerve would read, and whether it would trust them
     #[arg(value_name = "FILE")]
     pub files: Vec<PathBuf>,
 }

@@ -58,7 +58,7 @@ fn duration(run: &Run, now: u64) -> Option<String> {
     ))
 }
 
-/// The line that says how a run ended: `run 3fa9c1d2 failed (2, max-rounds)`.
+/// The line that says how a run ended: `run 3fa9c1d2 failed (2, max-rounds)`, and what nerve or a person has to say of it.
 pub(super) fn end(run: &Run) -> String {
     let mut text = format!(
         "run {} {} ({})",
@@ -66,10 +66,21 @@ pub(super) fn end(run: &Run) -> String {
         line(&run.status),
         facts(run)
     );
-    if let Some(reason) = &run.reason {
-        let _ = write!(text, ": {}", line(reason));
+    if let Some(more) = run.reason.clone().or_else(|| detail(run)) {
+        let _ = write!(text, ": {}", line(&more));
     }
     text
+}
+
+/// systemd's words, or whatever else the end of the run came with.
+fn detail(run: &Run) -> Option<String> {
+    let end = run
+        .events
+        .as_ref()?
+        .iter()
+        .rfind(|event| event.kind == "ended")?;
+    let payload: Value = serde_json::from_str(&end.payload).ok()?;
+    Some(payload.get("detail")?.as_str()?.to_owned())
 }
 
 /// What a kill that came too late says.
@@ -166,17 +177,17 @@ pub(super) fn show(run: &Run, now: u64) -> String {
     text
 }
 
-/// The short facts of a payload, `key=value` each; what is long is in the JSON.
+/// The facts of a payload, `key=value` each; what is long is in the JSON, but for the reason that the run ended.
 fn summary(payload: &Value) -> String {
     const LONGEST: usize = 80;
     let mut parts = Vec::new();
-    collect(payload, &mut parts, &mut |value| {
-        value.chars().count() <= LONGEST
+    collect(payload, &mut parts, &mut |key, value| {
+        key == "detail" || value.chars().count() <= LONGEST
     });
     parts.join(" ")
 }
 
-fn collect(value: &Value, parts: &mut Vec<String>, fits: &mut impl FnMut(&str) -> bool) {
+fn collect(value: &Value, parts: &mut Vec<String>, fits: &mut impl FnMut(&str, &str) -> bool) {
     for (key, value) in value.as_object().into_iter().flatten() {
         let text = match value {
             Value::Null => continue,
@@ -187,7 +198,7 @@ fn collect(value: &Value, parts: &mut Vec<String>, fits: &mut impl FnMut(&str) -
             Value::String(text) => text.clone(),
             other => other.to_string(),
         };
-        if key != "type" && fits(&text) {
+        if key != "type" && fits(key, &text) {
             parts.push(format!("{}={}", line(key), line(&text)));
         }
     }
@@ -372,6 +383,20 @@ RUN       WORKFLOW          STATUS             EXIT  RESULT      ROUNDS  CREATED
             ..ended()
         };
         assert_eq!(end(&run), r"run 3fa9c1d2 failed (2, max-rounds): too\nslow");
+        let end_event = Event {
+            seq: 9,
+            kind: "ended".to_owned(),
+            timestamp: 0,
+            payload: r#"{"result":"unit-refused","detail":"it is masked"}"#.to_owned(),
+        };
+        let refused = Run {
+            events: Some(vec![end_event]),
+            ..ended()
+        };
+        assert_eq!(
+            end(&refused),
+            "run 3fa9c1d2 failed (2, max-rounds): it is masked"
+        );
         assert_eq!(
             already_ended(&ended(), NOW),
             "run 3fa9c1d2 had already ended: failed (2, max-rounds), 3min 56s ago"
