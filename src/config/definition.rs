@@ -5,13 +5,13 @@
 //! where it is executed. A [`Definition`] is given out only when nothing is wrong with it.
 
 use std::fmt::Write as _;
-use std::fs;
 use std::path::Path;
 
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
-use super::diagnostic::{Diagnostic, Severity, nearest, quoted};
+use super::diagnostic::{Diagnostic, Severity, quoted};
+use super::host::{self, HostCheck};
 use super::reader::{Fields, Reader};
 use super::roles;
 use super::routes;
@@ -61,15 +61,6 @@ impl Parsed {
             ..Self::default()
         }
     }
-}
-
-/// What a definition expects of the machine.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum HostCheck {
-    Executable { role: String, path: String },
-    User(String),
-    Group(String),
-    Path(String),
 }
 
 /// The sha256 of a definition's bytes, as 64 hex digits.
@@ -360,73 +351,12 @@ fn worker(
 /// round ends in `exec-failed`, or the worker cannot be started, only if it is still so then. Looks at the file system.
 #[must_use]
 pub fn host_warnings(parsed: &Parsed) -> Vec<Diagnostic> {
-    host_warnings_in(parsed, Path::new("/"))
-}
-
-fn host_warnings_in(parsed: &Parsed, root: &Path) -> Vec<Diagnostic> {
-    let below = |path: &str| root.join(path.trim_start_matches('/'));
-    let known = |file: &str, name: &str| {
-        // Where the file cannot be read nothing is known, and nothing is said.
-        fs::read(below(file)).map_or(true, |bytes| {
-            bytes
-                .split(|byte| *byte == b'\n')
-                .any(|line| line.split(|byte| *byte == b':').next() == Some(name.as_bytes()))
-        })
-    };
-    let names = |file: &str| -> Vec<String> {
-        let text = fs::read(below(file)).unwrap_or_default();
-        String::from_utf8_lossy(&text)
-            .lines()
-            .filter_map(|line| Some(line.split_once(':')?.0.to_owned()))
-            .collect()
-    };
-    let mut reader = Reader::default();
-    for (place, check) in &parsed.host_checks {
-        let (what, name, file) = match check {
-            HostCheck::Executable { role, path } => {
-                if !below(path).exists() {
-                    let message = format!(
-                        "{} of role {role} does not exist on this machine",
-                        quoted(path)
-                    );
-                    reader.warning(
-                        *place,
-                        message,
-                        "install it, or its rounds end in exec-failed",
-                    );
-                }
-                continue;
-            }
-            HostCheck::Path(path) => {
-                if !below(path).exists() {
-                    let message = format!("{} does not exist on this machine", quoted(path));
-                    let help = "make it, or write -PATH to go without; the worker cannot be started otherwise";
-                    reader.warning(*place, message, help);
-                }
-                continue;
-            }
-            HostCheck::User(name) => ("user", name, "/etc/passwd"),
-            HostCheck::Group(name) => ("group", name, "/etc/group"),
-        };
-        if !known(file, name) {
-            let names = names(file);
-            let help = match nearest(name, names.iter().map(String::as_str)) {
-                Some(meant) => format!("did you mean {meant}?"),
-                None => "make it, or the worker cannot be started".to_owned(),
-            };
-            reader.warning(*place, format!("{what} {name} is not in {file}"), help);
-        }
-    }
-    reader.faults.sort();
-    reader
-        .faults
-        .into_iter()
-        .map(|fault| fault.at(&parsed.path))
-        .collect()
+    host::warnings(&parsed.path, &parsed.host_checks, Path::new("/"))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::time::Duration;
 
     use super::*;
@@ -890,7 +820,7 @@ worker:
         .unwrap();
         fs::write(root.path().join("etc/group"), "adm:x:4:\nbuild:x:5:\n").unwrap();
         let parsed = parse("f.yaml", None, GOOD.as_bytes());
-        let warnings: Vec<String> = host_warnings_in(&parsed, root.path())
+        let warnings: Vec<String> = host::warnings(&parsed.path, &parsed.host_checks, root.path())
             .iter()
             .map(ToString::to_string)
             .collect();
@@ -907,7 +837,10 @@ worker:
         fs::write(root.path().join("usr/bin/make"), "").unwrap();
         fs::remove_file(root.path().join("etc/passwd")).unwrap();
         fs::create_dir(root.path().join("srv")).unwrap();
-        assert_eq!(host_warnings_in(&parsed, root.path()).len(), 1);
+        assert_eq!(
+            host::warnings(&parsed.path, &parsed.host_checks, root.path()).len(),
+            1
+        );
     }
 
     /// Pieces that make almost definitions.

@@ -7,6 +7,7 @@
 pub mod definition;
 pub mod diagnostic;
 pub mod directory;
+mod host;
 mod reader;
 mod roles;
 mod routes;

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use super::definition::HostCheck;
 use super::diagnostic::quoted;
+use super::host::HostCheck;
 use super::reader::{Fields, Reader, kind};
 use super::template;
 use super::yaml::{Content, Node, Place};

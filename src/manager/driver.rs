@@ -18,8 +18,8 @@ use sd_notify::NotifyState;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep};
 
-use super::handle::{Change, Handle, INBOX, Overview};
-use super::link::Outbox;
+use super::handle::{Change, Event, Handle, INBOX, Overview};
+use super::outbox::Outbox;
 use crate::engine::{
     Action, Answer, Dispatch, Engine, Input, LinkId, Now, Order, Staged, Ticket, Turn,
 };
@@ -42,19 +42,6 @@ const HEARTBEAT: Duration = Duration::from_secs(5);
 const NEWS: Duration = Duration::from_secs(1);
 /// When a killed cgroup is not empty by then, the log says which processes cannot die.
 const STUBBORN: Duration = Duration::from_secs(5);
-
-/// What reaches the driver.
-#[derive(Debug)]
-pub enum Event {
-    /// A client wants a change.
-    Change(Change, oneshot::Sender<Answer>),
-    /// A client wants to look.
-    Overview(oneshot::Sender<Overview>),
-    /// A worker is ready, and this is the way to it.
-    Ready(LinkId, Outbox, Input),
-    /// Something happened.
-    Input(Input),
-}
 
 /// What the driver needs of the world.
 #[derive(Debug)]

@@ -6,8 +6,8 @@
 use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
-use super::driver::Event;
-use crate::engine::{Answer, Input, WorkflowStatus};
+use super::outbox::Outbox;
+use crate::engine::{Answer, Input, LinkId, WorkflowStatus};
 use crate::model::name::RunId;
 use crate::model::run::{Accepted, KillRequest};
 
@@ -18,6 +18,19 @@ pub(super) const INBOX: usize = 1_024;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("nerved is going down")]
 pub struct Gone;
+
+/// What reaches the driver.
+#[derive(Debug)]
+pub(super) enum Event {
+    /// A client wants a change.
+    Change(Change, oneshot::Sender<Answer>),
+    /// A client wants to look.
+    Overview(oneshot::Sender<Overview>),
+    /// A worker is ready, and this is the way to it.
+    Ready(LinkId, Outbox, Input),
+    /// Something happened.
+    Input(Input),
+}
 
 /// A cheap way to the manager.
 #[derive(Debug, Clone)]

@@ -5,13 +5,13 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::io::{AsyncWriteExt as _, BufReader};
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::io::BufReader;
+use tokio::net::unix::OwnedReadHalf;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::watch;
 
-use super::driver::Event;
-use super::handle::Handle;
+use super::handle::{Event, Handle};
+use super::outbox::Outbox;
 use crate::engine::{Input, LinkId};
 use crate::model::limits;
 use crate::model::name::WorkflowName;
@@ -20,32 +20,6 @@ use crate::os::cgroup::{self, Cgroup};
 use crate::os::peer::Peer;
 use crate::systemd::Systemd;
 use crate::worker::protocol::{self, EventType, FrameError, ToManager, ToWorker, VERSION};
-
-/// A worker that takes nothing for so long is not worth waiting for.
-const WRITE_PATIENCE: Duration = Duration::from_secs(30);
-
-/// The way to one worker. When it is dropped what was sent is still written, then the connection is closed.
-#[derive(Debug)]
-pub struct Outbox {
-    /// Whose worker it is.
-    pub workflow: WorkflowName,
-    lines: mpsc::Sender<Vec<u8>>,
-    /// Dropped with it, and then the worker is heard no more.
-    open: Option<oneshot::Sender<()>>,
-}
-
-impl Outbox {
-    /// Sends frames, in order. A connection that broke, or a worker that does not read, is reported by the reader.
-    pub fn send(&mut self, frames: &[ToWorker]) {
-        let mut lines = Vec::new();
-        for frame in frames {
-            protocol::append(&mut lines, frame);
-        }
-        if self.lines.try_send(lines).is_err() {
-            self.open = None;
-        }
-    }
-}
 
 /// Why a connection is not a worker's.
 #[derive(Debug, thiserror::Error)]
@@ -175,14 +149,7 @@ async fn greet(
         tracing::warn!(workflow = %workflow, %error, "failed to bound the worker's cgroups");
     }
     let (read_half, write_half) = stream.into_split();
-    let (lines, outgoing) = mpsc::channel(limits::OUTBOX_FRAMES);
-    let (open, closed) = oneshot::channel();
-    let outbox = Outbox {
-        workflow: workflow.clone(),
-        lines,
-        open: Some(open),
-    };
-    tokio::spawn(write(write_half, outgoing));
+    let (outbox, closed) = Outbox::open(workflow.clone(), write_half);
     let unit = workflow.unit();
     let ended = tokio::select! {
         ended = converse(link, read_half, outbox, workflow, place, &handle) => ended,
@@ -241,15 +208,6 @@ async fn identify(
 fn is_in(path: &str, cgroup: &str) -> bool {
     let below = path.strip_prefix(cgroup);
     !cgroup.is_empty() && below.is_some_and(|below| below.is_empty() || below.starts_with('/'))
-}
-
-async fn write(mut stream: OwnedWriteHalf, mut lines: mpsc::Receiver<Vec<u8>>) {
-    while let Some(bytes) = lines.recv().await {
-        let written = tokio::time::timeout(WRITE_PATIENCE, stream.write_all(&bytes)).await;
-        if !matches!(written, Ok(Ok(()))) {
-            return;
-        }
-    }
 }
 
 /// Why a conversation ended badly.

@@ -3,8 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::name::{RoleName, RunId};
-use super::run::Accepted;
+use super::name::RoleName;
 use super::status::RunResult;
 
 /// Status of a round whose first process exited 0.
@@ -75,23 +74,5 @@ impl Position {
                 result: message.result(),
             }),
         })
-    }
-}
-
-impl Message {
-    /// Round 0 of a thread: what the run was started with.
-    #[must_use]
-    pub fn start(run: RunId, accepted: Accepted, max_rounds: Option<u32>, timestamp: u64) -> Self {
-        let mut meta = Map::new();
-        meta.insert("runId".into(), run.to_string().into());
-        meta.insert("maxRounds".into(), max_rounds.into());
-        meta.insert("dryRun".into(), accepted.dry_run.into());
-        meta.insert("trigger".into(), accepted.trigger);
-        Self {
-            role: RoleName::START.into(),
-            content: accepted.prompt,
-            meta,
-            timestamp,
-        }
     }
 }

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::limits;
 use super::message::{Message, Position};
-use super::name::{RunId, WorkflowName};
+use super::name::{RoleName, RunId, WorkflowName};
 use super::status::{RunResult, Status};
 
 /// The sha256 of a definition's bytes, as 64 hex digits.
@@ -27,6 +27,24 @@ pub struct Accepted {
     pub dry_run: bool,
     /// Who or what started it.
     pub trigger: Value,
+}
+
+impl Accepted {
+    /// Round 0 of the run's thread. `max_rounds` is its limit, once that is fixed.
+    #[must_use]
+    pub fn start_message(self, run: RunId, max_rounds: Option<u32>, timestamp: u64) -> Message {
+        let mut meta = serde_json::Map::new();
+        meta.insert("runId".into(), run.to_string().into());
+        meta.insert("maxRounds".into(), max_rounds.into());
+        meta.insert("dryRun".into(), self.dry_run.into());
+        meta.insert("trigger".into(), self.trigger);
+        Message {
+            role: RoleName::START.into(),
+            content: self.prompt,
+            meta,
+            timestamp,
+        }
+    }
 }
 
 /// An instant that survives a restart of nerved, and says so when it did not survive a reboot.

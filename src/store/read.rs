@@ -231,7 +231,7 @@ impl Store {
             let (round, message) = match event(row_of_event)? {
                 (RunEvent::ThreadWorkflowMessage { round, message }, _) => (round, message),
                 (RunEvent::Queued(accepted), at) => {
-                    (0, Message::start(id, accepted, row.max_rounds, at))
+                    (0, accepted.start_message(id, row.max_rounds, at))
                 }
                 _ => continue,
             };

@@ -2,6 +2,7 @@
 //!
 //! It never sees the store or D-Bus. Everything a role does happens in a process of the run's own cgroup.
 
+mod home;
 pub mod protocol;
 mod role;
 mod run;

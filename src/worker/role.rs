@@ -16,7 +16,7 @@ use tokio::net::unix::pipe;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, sleep_until};
 
-use super::stock::Home;
+use super::home::Home;
 use crate::model::exit::{Exit, signal_name};
 use crate::model::limits;
 use crate::model::message::{ERROR, Message, OK};

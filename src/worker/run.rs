@@ -8,9 +8,9 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use super::home::Home;
 use super::protocol::{Assignment, EventType};
 use super::role::{Order, Round, RoundEnd, failure};
-use super::stock::Home;
 use crate::config::template;
 use crate::model::limits;
 use crate::model::message::{Message, Position};
@@ -64,12 +64,7 @@ impl Run {
             dry_run: assignment.dry_run,
             trigger: assignment.trigger,
         };
-        let start = Message::start(
-            id,
-            accepted,
-            Some(assignment.max_rounds),
-            assignment.created_at,
-        );
+        let start = accepted.start_message(id, Some(assignment.max_rounds), assignment.created_at);
         // Positions of messages that nerved accepted exist; were one not to, the run would start over.
         let position = rounds
             .iter()

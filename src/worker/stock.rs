@@ -3,8 +3,6 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use sd_notify::NotifyState;
@@ -14,122 +12,15 @@ use tokio::net::unix::OwnedReadHalf;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 
+use super::home::Home;
 use super::protocol::{self, Assignment, Held, ToManager, ToWorker, VERSION};
 use super::role::Order;
 use super::run::{Report, Run, event_type, grace};
 use crate::config::definition;
 use crate::model::limits;
 use crate::model::message::Message;
-use crate::model::name::{RoleName, RunId, WorkflowName};
+use crate::model::name::{RunId, WorkflowName};
 use crate::model::status::RunResult;
-use crate::os::cgroup::{self, Cgroup};
-use crate::os::journal::Journal;
-use crate::os::process;
-
-/// What systemd gave this worker.
-#[derive(Debug)]
-pub(super) struct Home {
-    workflow: WorkflowName,
-    /// The unit's cgroup.
-    pub(super) cgroup: Cgroup,
-    /// `$STATE_DIRECTORY`.
-    pub(super) state: PathBuf,
-    /// What every role gets.
-    pub(super) environment: Vec<(String, String)>,
-    /// What a role without a prompt reads.
-    pub(super) nothing: OwnedFd,
-    journal: Journal,
-}
-
-/// What systemd tells a service about itself; a role is none.
-const NOT_FOR_ROLES: [&str; 18] = [
-    "CREDENTIALS_DIRECTORY",
-    "FDSTORE",
-    "INVOCATION_ID",
-    "JOURNAL_STREAM",
-    "LISTEN_FDNAMES",
-    "LISTEN_FDS",
-    "LISTEN_PID",
-    "MAINPID",
-    "MANAGERPID",
-    "MEMORY_PRESSURE_WATCH",
-    "MEMORY_PRESSURE_WRITE",
-    "NERVE_SOCKET",
-    "NERVE_LOG",
-    "NOTIFY_SOCKET",
-    "STATE_DIRECTORY",
-    "SYSTEMD_EXEC_PID",
-    "WATCHDOG_PID",
-    "WATCHDOG_USEC",
-];
-
-impl Home {
-    /// Takes stock of what systemd gave, and moves into the leaf `main/` so that there may be cgroups beside it.
-    fn move_in(workflow: WorkflowName) -> io::Result<Self> {
-        let cgroup = Cgroup::at(&cgroup::of_process(std::process::id())?);
-        let main = cgroup.child("main");
-        main.create()?;
-        main.adopt(std::process::id())?;
-        cgroup.delegate(&["memory", "pids", "cpu", "io"]);
-        let state = std::env::var_os("STATE_DIRECTORY")
-            .map(PathBuf::from)
-            .ok_or_else(|| {
-                io::Error::other(
-                    "STATE_DIRECTORY is not set: nerve-worker is started by nerved, not by hand",
-                )
-            })?;
-        for folder in ["runs", "threads"] {
-            std::fs::create_dir_all(state.join(folder))?;
-        }
-        let mut environment = process::environment();
-        environment.retain(|(name, _)| !NOT_FOR_ROLES.contains(&name.as_str()));
-        // A dynamic user has no home, nor has many a static one; systemd then says "/" or nothing.
-        environment.retain(|(name, value)| name != "HOME" || value != "/");
-        if !environment.iter().any(|(name, _)| name == "HOME") {
-            environment.push(("HOME".to_owned(), state.display().to_string()));
-        }
-        Ok(Self {
-            workflow,
-            cgroup,
-            state,
-            environment,
-            nothing: std::fs::File::open("/dev/null")?.into(),
-            journal: Journal::open()?,
-        })
-    }
-
-    /// Removes what runs that this worker never finished left behind: it has none, and no other worker lives here.
-    fn clear(&self) {
-        for folder in ["runs", "threads"] {
-            if let Err(error) = std::fs::remove_dir_all(self.state.join(folder)) {
-                tracing::warn!(folder, %error, "failed to clear up");
-            }
-        }
-    }
-
-    /// Sends one line of a role to the journal.
-    pub(super) async fn log(
-        &self,
-        run: RunId,
-        role: &RoleName,
-        round: u32,
-        priority: &[u8],
-        line: &[u8],
-    ) {
-        let (run, round) = (run.to_string(), round.to_string());
-        let fields: [(&str, &[u8]); 7] = [
-            ("MESSAGE", line),
-            ("PRIORITY", priority),
-            ("SYSLOG_IDENTIFIER", role.as_str().as_bytes()),
-            ("NERVE_WORKFLOW", self.workflow.as_str().as_bytes()),
-            ("NERVE_RUN_ID", run.as_bytes()),
-            ("NERVE_ROLE", role.as_str().as_bytes()),
-            ("NERVE_ROUND", round.as_bytes()),
-        ];
-        // A journal that is away must hold up nobody; the round keeps the tail.
-        let _ = self.journal.send(&fields).await;
-    }
-}
 
 /// A run this worker has.
 #[derive(Debug)]

@@ -1,0 +1,85 @@
+//! What definitions expect of the machine, beside what the machine has. Called by `definition` only; looks at the file
+//! system, changes nothing.
+
+use std::fs;
+use std::path::Path;
+
+use super::diagnostic::{Diagnostic, nearest, quoted};
+use super::reader::Reader;
+use super::yaml::Place;
+
+/// What a definition expects of the machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum HostCheck {
+    Executable { role: String, path: String },
+    User(String),
+    Group(String),
+    Path(String),
+}
+
+/// What of it is missing below `root`.
+pub(super) fn warnings(
+    definition: &str,
+    checks: &[(Place, HostCheck)],
+    root: &Path,
+) -> Vec<Diagnostic> {
+    let below = |path: &str| root.join(path.trim_start_matches('/'));
+    let known = |file: &str, name: &str| {
+        // Where the file cannot be read nothing is known, and nothing is said.
+        fs::read(below(file)).map_or(true, |bytes| {
+            bytes
+                .split(|byte| *byte == b'\n')
+                .any(|line| line.split(|byte| *byte == b':').next() == Some(name.as_bytes()))
+        })
+    };
+    let names = |file: &str| -> Vec<String> {
+        let text = fs::read(below(file)).unwrap_or_default();
+        String::from_utf8_lossy(&text)
+            .lines()
+            .filter_map(|line| Some(line.split_once(':')?.0.to_owned()))
+            .collect()
+    };
+    let mut reader = Reader::default();
+    for (place, check) in checks {
+        let (what, name, file) = match check {
+            HostCheck::Executable { role, path } => {
+                if !below(path).exists() {
+                    let message = format!(
+                        "{} of role {role} does not exist on this machine",
+                        quoted(path)
+                    );
+                    reader.warning(
+                        *place,
+                        message,
+                        "install it, or its rounds end in exec-failed",
+                    );
+                }
+                continue;
+            }
+            HostCheck::Path(path) => {
+                if !below(path).exists() {
+                    let message = format!("{} does not exist on this machine", quoted(path));
+                    let help = "make it, or write -PATH to go without; the worker cannot be started otherwise";
+                    reader.warning(*place, message, help);
+                }
+                continue;
+            }
+            HostCheck::User(name) => ("user", name, "/etc/passwd"),
+            HostCheck::Group(name) => ("group", name, "/etc/group"),
+        };
+        if !known(file, name) {
+            let names = names(file);
+            let help = match nearest(name, names.iter().map(String::as_str)) {
+                Some(meant) => format!("did you mean {meant}?"),
+                None => "make it, or the worker cannot be started".to_owned(),
+            };
+            reader.warning(*place, format!("{what} {name} is not in {file}"), help);
+        }
+    }
+    reader.faults.sort();
+    reader
+        .faults
+        .into_iter()
+        .map(|fault| fault.at(definition))
+        .collect()
+}
