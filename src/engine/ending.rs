@@ -125,16 +125,10 @@ impl Engine {
         let workflow = self.workflow(&name);
         workflow.live.remove(&order);
         if let Some(link) = workflow.worker.link_id().filter(|_| held != Held::No) {
-            if held == Held::Works {
-                self.tell(
-                    link,
-                    Order::KillThread {
-                        run: id,
-                        grace_us: 0,
-                    },
-                );
+            match held {
+                Held::Reported => self.tell(link, Order::EventAck { run: id }),
+                Held::Works | Held::No => self.disown(link, id),
             }
-            self.tell(link, Order::EventAck { run: id });
         }
         Ok(())
     }
@@ -214,6 +208,12 @@ impl Engine {
         Ok(Some(name))
     }
 
+    /// Has a worker end a run that is not its own, or no longer, and forget it.
+    pub(super) fn disown(&mut self, link: LinkId, run: RunId) {
+        self.tell(link, Order::KillThread { run, grace_us: 0 });
+        self.tell(link, Order::EventAck { run });
+    }
+
     /// The run, if this link's worker has it. A worker that speaks of another run is told to forget it.
     fn held(&mut self, link: LinkId, id: RunId) -> Option<&super::Open> {
         let holds = self.open.get(&id).is_some_and(|open| {
@@ -224,14 +224,7 @@ impl Engine {
             open.held != Held::No && worker.and_then(super::worker::Worker::link_id) == Some(link)
         });
         if !holds {
-            self.tell(
-                link,
-                Order::KillThread {
-                    run: id,
-                    grace_us: 0,
-                },
-            );
-            self.tell(link, Order::EventAck { run: id });
+            self.disown(link, id);
             return None;
         }
         self.open.get(&id)

@@ -112,14 +112,7 @@ impl Engine {
         self.tell(link, Order::Welcome);
         let live = self.live(name);
         for id in held.iter().filter(|id| !live.contains(id)) {
-            self.tell(
-                link,
-                Order::KillThread {
-                    run: *id,
-                    grace_us: 0,
-                },
-            );
-            self.tell(link, Order::EventAck { run: *id });
+            self.disown(link, *id);
         }
         for id in live {
             let Some(open) = self.open.get_mut(&id) else {

@@ -39,7 +39,7 @@ const TURN: usize = 256;
 /// How often the driver shows that it is alive, and looks at the clock that goes on while the machine sleeps.
 const HEARTBEAT: Duration = Duration::from_secs(5);
 /// `systemctl status` is told no more often.
-const NEWS: Duration = Duration::from_secs(1);
+const NEWS: Duration = Duration::from_millis(200);
 /// When a killed cgroup is not empty by then, the log says which processes cannot die.
 const STUBBORN: Duration = Duration::from_secs(5);
 

@@ -296,6 +296,7 @@ fn a_definition_stays_under_its_digest_and_the_last_one_is_known() {
 }
 
 #[test]
+// Parity 017.
 fn migrating_is_done_once() {
     let (directory, store) = store();
     drop(store);

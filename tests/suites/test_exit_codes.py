@@ -1,5 +1,8 @@
 """How runs end: each row of the table of statuses, as `workflow list` shows it and as `start --wait` exits; and what a
-round is given and what is kept of it."""
+round is given and what is kept of it.
+
+What the predecessor did and must stay, or was changed for the better: parity 001-003, 005 and 006 (exit codes and
+statuses), 016 (the list shows the code), 042, 043 and 048-050 (starts and the queue), 109 and 111 (rounds)."""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""nerved, systemd and workers come and go: nothing is lost, nothing runs twice."""
+"""nerved, systemd and workers come and go: nothing is lost, nothing runs twice.
+
+Parity 028, 032, 036, 041, 044, 058-062 and 072: workers come back, runs resume from their threads, queued runs keep what
+they were started with."""
 
 import os
 import re
