@@ -24,6 +24,11 @@
 //! - Only the driver writes to the store; only `systemd/properties.rs` names unit properties; only `main` exits; nothing
 //!   polls.
 
+#![cfg_attr(
+    test,
+    expect(clippy::unwrap_used, reason = "a test that cannot go on fails")
+)]
+
 pub mod bus;
 pub mod config;
 pub mod ctl;
