@@ -868,16 +868,18 @@ class Strangers(Lives):
         blob = "x" * (30 * 1024 * 1024)
         replies = []
 
-        def ask():
-            with dbuswire.Connection(dbuswire.NOBODY) as bus:
-                serials = [bus.send(*dbuswire.MANAGER, "StartRun", "ssa{sv}", "hold-on", blob, {}) for _ in range(3)]
-                replies.extend(bus.reply_to(serial).error for serial in serials)
-        clients = [threading.Thread(target=ask) for _ in range(3)]
-        for client in clients:
-            client.start()
-        ctl("status")
-        for client in clients:
-            client.join()
+        def ask(bus):
+            serials = [bus.send(*dbuswire.MANAGER, "StartRun", "ssa{sv}", "hold-on", blob, {}) for _ in range(3)]
+            replies.extend(bus.reply_to(serial).error for serial in serials)
+        with contextlib.ExitStack() as connections:
+            # Connected before there are threads: all of a process has the uid that one of them connects with.
+            buses = [connections.enter_context(dbuswire.Connection(dbuswire.NOBODY)) for _ in range(3)]
+            clients = [threading.Thread(target=ask, args=[bus]) for bus in buses]
+            for client in clients:
+                client.start()
+            ctl("status")
+            for client in clients:
+                client.join()
         self.assertEqual(replies, ["org.nerve1.Error.NotPermitted"] * 9)
         self.assertLess(high_water(self.nerved) - before, 200 * 1024)
 
