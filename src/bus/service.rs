@@ -47,8 +47,8 @@ impl Manager {
         &self,
         #[zbus(header)] header: Header<'_>,
         #[zbus(connection)] connection: &Connection,
-        workflow: String,
-        prompt: String,
+        workflow: &str,
+        prompt: &str,
         options: StartOptions,
     ) -> Result<String, Error> {
         let uid = self.authority.authorize(connection, &header).await?;
@@ -71,7 +71,7 @@ impl Manager {
         }
         let accepted = Accepted {
             workflow: workflow.clone(),
-            prompt,
+            prompt: prompt.to_owned(),
             max_rounds: options.max_rounds,
             dry_run: false,
             trigger: serde_json::json!({"type": "client", "uid": uid}),

@@ -881,7 +881,8 @@ class Strangers(Lives):
             for client in clients:
                 client.join()
         self.assertEqual(replies, ["org.nerve1.Error.NotPermitted"] * 9)
-        self.assertLess(high_water(self.nerved) - before, 200 * 1024)
+        # Nine were on their way at once; none may be there twice.
+        self.assertLess(high_water(self.nerved) - before, 300 * 1024)
 
 
 class Elsewhere(nervebox.Case):
