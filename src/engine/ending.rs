@@ -29,12 +29,12 @@ impl Engine {
         let grace_us = request.grace_us;
         self.record(id, RunEvent::KillRequested(request))?;
         self.answer(ticket, Answer::Done);
-        if is_queued {
-            self.workflow(&workflow).queue.remove(&order);
-            self.finish(id)?;
-        } else if is_placed {
+        if is_placed {
             self.start_kill(id, grace_us);
         } else {
+            if is_queued {
+                self.workflow(&workflow).queue.remove(&order);
+            }
             self.finish(id)?;
         }
         Ok(Some(workflow))
