@@ -9,14 +9,23 @@ DOCDIR     ?= $(PREFIX)/share/doc/nerve
 DESTDIR    ?=
 
 CARGO_TARGET_DIR ?= target
-RELEASE = $(CARGO_TARGET_DIR)/release
+# What is installed.
+BUILD ?= $(CARGO_TARGET_DIR)/release
 
-.PHONY: help setup build demo test test-matrix bench install uninstall clean
+# make soak: how long, how many runs and faults, and of which seed (a new one for each soak).
+SECONDS ?= 600
+RUNS    ?= 200
+FAULTS  ?= 300
+SEED    ?=
+
+.PHONY: help setup build build-failpoints demo test test-matrix soak mutants bench install uninstall clean
 
 help:
 	@echo 'make build        compile nerved, nervectl and nerve-worker'
 	@echo 'make demo         see it work, in a throwaway machine'
 	@echo 'make test         every check there is; test-matrix: the suites on newer systemds'
+	@echo 'make soak         ten minutes of faults; SECONDS=, RUNS=, FAULTS=, SEED='
+	@echo 'make mutants      see that the simulation finds what is planted'
 	@echo 'make bench        measure'
 	@echo 'make install      put what is built below $$(DESTDIR)$$(PREFIX); starts nothing'
 	@echo 'make uninstall    remove just that'
@@ -30,23 +39,39 @@ build:
 	@tests/setup build
 	cargo build --release --locked
 
+# A nerved that dies where a test wants it to: for tests/box only, never to be installed anywhere else.
+build-failpoints:
+	@tests/setup build
+	cargo build --locked --features failpoints
+
 demo:
 	tests/box run -- tests/demo
 
 test: setup
 	cargo fmt --check
 	cargo clippy --all-targets --locked -- -D warnings
+	cargo clippy --locked --features failpoints -- -D warnings
 	cargo test --locked
+	python3 -B tests/suites/test_invariants.py
 	mandoc -T lint -W warning $(wildcard man/*.[1-8]) </dev/null
 	for script in $$(grep -rlE '^#!.*(bash|/sh)' tests .ci --exclude-dir=__pycache__); do bash -n "$$script" || exit; done
 	tests/box run --no-start -- tests/check-units
 	tests/box run -- tests/suites/run
+	tests/check-release $(BUILD)
+	tests/box run --failpoints -- tests/suites/run failpoints
 
 test-matrix:
 	for systemd in 257 262; do \
 	    tests/box run --systemd $$systemd --no-start -- tests/check-units || exit; \
 	    tests/box run --systemd $$systemd -- tests/suites/run || exit; \
+	    tests/box run --systemd $$systemd --failpoints -- tests/suites/run failpoints || exit; \
 	done
+
+soak: setup
+	tests/box run -- tests/soak --seconds $(SECONDS) --runs $(RUNS) --faults $(FAULTS) $(addprefix --seed ,$(SEED))
+
+mutants: setup
+	tests/mutants/run
 
 bench: setup
 	cargo bench --no-run --locked
@@ -59,8 +84,8 @@ clean:
 # No D-Bus activation file: nervectl would start a nerve that somebody has stopped.
 # No nerve-wf@.service, ever: with a unit file of that name systemd refuses nerve's transient units.
 define FILES
-{ echo 755 $(BINDIR)/nervectl $(RELEASE)/nervectl; \
-  for f in nerved nerve-worker; do echo 755 $(LIBEXECDIR)/$$f $(RELEASE)/$$f; done; \
+{ echo 755 $(BINDIR)/nervectl $(BUILD)/nervectl; \
+  for f in nerved nerve-worker; do echo 755 $(LIBEXECDIR)/$$f $(BUILD)/$$f; done; \
   (cd units && find . -type f -printf '644 $(UNITDIR)/%P units/%P\n'); \
   (cd packaging/usr && find . -type f -printf '644 $(PREFIX)/%P packaging/usr/%P\n'); \
   for f in $(wildcard man/*.[1-8]); do echo 644 $(MANDIR)/man$${f##*.}/$${f##*/} $$f; done; \
@@ -69,7 +94,7 @@ endef
 
 install:
 	@umask 022; $(FILES) | while read -r mode to from; do install -D -m $$mode "$$from" "$(DESTDIR)$$to" || exit; done
-	@[ "$(LIBEXECDIR)" = /usr/libexec/nerve ] || sed -i 's|/usr/libexec/nerve/|$(LIBEXECDIR)/|' "$(DESTDIR)$(UNITDIR)/nerve.service"
+	@sed -i 's|/usr/libexec/nerve/|$(LIBEXECDIR)/|; s|/usr/bin/nervectl|$(BINDIR)/nervectl|' "$(DESTDIR)$(UNITDIR)/nerve.service"
 
 uninstall:
 	@$(FILES) | while read -r mode to from; do rm -f "$(DESTDIR)$$to"; done

@@ -1,25 +1,27 @@
 //! nerved, put together: settings, store, definitions, recovery, the driver, the workers' socket, the bus, READY=1.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use sd_notify::NotifyState;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 use crate::bus::authorize::Authority;
+use crate::bus::client;
+use crate::bus::news::Listeners;
+use crate::bus::private::Private;
 use crate::bus::service::Manager;
 use crate::bus::session::Bus;
-use crate::config::definition;
-use crate::config::diagnostic::Severity;
 use crate::config::directory::{self, Trust};
+use crate::config::settings;
 use crate::engine::{Engine, Now, Recovered};
-use crate::manager::driver::{Driver, World};
+use crate::manager::definitions::{self, Definitions, InForce, Keeper, Places};
+use crate::manager::driver::Driver;
+use crate::manager::hands::World;
 use crate::manager::link;
-use crate::model::name::WorkflowName;
-use crate::model::workflow::Definition;
 use crate::os::{clock, socket};
 use crate::store::{self, Store};
 
@@ -30,9 +32,13 @@ pub struct Settings {
     pub state: PathBuf,
     /// Where workers connect.
     pub socket: PathBuf,
+    /// Where root's nervectl connects, without a bus.
+    pub private: PathBuf,
     /// Definitions: the first directory that has a name wins.
     pub workflows: Vec<PathBuf>,
-    /// Whose definitions are taken.
+    /// The engine's settings, with the directory `.d` beside it.
+    pub engine: PathBuf,
+    /// Whose definitions and settings are taken.
     pub trust: Trust,
     /// `nerve-worker`.
     pub worker: PathBuf,
@@ -51,7 +57,9 @@ impl Settings {
         Ok(Self {
             state,
             socket: PathBuf::from("/run/nerve/worker.sock"),
+            private: PathBuf::from(client::PRIVATE),
             workflows: directory::STANDARD.map(PathBuf::from).to_vec(),
+            engine: PathBuf::from(settings::STANDARD),
             trust: Trust::RootOwned,
             worker: std::env::current_exe()?.with_file_name("nerve-worker"),
             bus: None,
@@ -70,7 +78,7 @@ pub enum Error {
         /// Why.
         source: store::Error,
     },
-    /// The workers' socket cannot be had.
+    /// The workers' socket, or root's, cannot be had.
     #[error("failed to listen on {}", path.display())]
     Socket {
         /// Which.
@@ -91,6 +99,8 @@ pub enum Error {
     Recovery(#[from] crate::model::run::Illegal),
 }
 
+type Storage<'a> = &'a dyn Fn(store::Error) -> Error;
+
 /// Runs nerved until SIGTERM or SIGINT.
 ///
 /// # Errors
@@ -109,20 +119,32 @@ pub async fn run(settings: Settings) -> Result<(), Error> {
             _ = interrupt.recv() => {}
         }
     };
+    // Until there is somebody who reads, SIGHUP waits; without a handler it would end nerved.
+    let hangup = signal(SignalKind::hangup()).map_err(system("handle SIGHUP"))?;
+    crate::os::failpoint!("F26");
     let mut store = Store::open(&settings.state).map_err(storage)?;
-    let (files, engine) = recover(&settings, &mut store)?;
+    crate::os::failpoint!("F27");
+    let places = Places {
+        workflows: settings.workflows.clone(),
+        settings: settings.engine.clone(),
+        trust: settings.trust,
+    };
+    let (keeper, definitions) = Keeper::load(places, &mut store).map_err(storage)?;
+    let engine = recover(&store, keeper.in_force(), &storage)?;
     let store = store::Handle::spawn(store).map_err(system("start the store's thread"))?;
     let listener = socket::listen(&settings.socket).map_err(|source| Error::Socket {
         path: settings.socket.clone(),
         source,
     })?;
+    let private = socket::listen_private(&settings.private).map_err(|source| Error::Socket {
+        path: settings.private.clone(),
+        source,
+    })?;
 
     let (systemd_sender, systemd) = watch::channel(None);
-    let (changes_sender, changes) = mpsc::unbounded_channel();
+    let (news_sender, news) = mpsc::unbounded_channel();
     let world = World {
-        store: store.clone(),
         systemd: systemd.clone(),
-        changes: changes_sender,
         worker: settings.worker.clone(),
         socket: settings.socket.clone(),
     };
@@ -130,25 +152,30 @@ pub async fn run(settings: Settings) -> Result<(), Error> {
     tracing::info!(
         running,
         queued,
-        workflows = files.len(),
+        workflows = keeper.in_force().workflows.len(),
         "nerved {} starts",
         env!("CARGO_PKG_VERSION")
     );
-    let (driver, handle) = Driver::new(engine, world);
+    let (driver, handle) = Driver::new(engine, store.clone(), world, news_sender);
     tokio::spawn(link::serve(listener, systemd.clone(), handle.clone()));
+    tokio::spawn(keeper.run(handle.clone(), store.clone()));
+    tokio::spawn(reload_on(hangup, definitions.clone()));
     let manager = Manager {
         handle,
         store,
         systemd,
-        files: Arc::new(files),
+        definitions,
         started_at: clock::wall_us(),
-        authority: Arc::new(Authority::default()),
+        authority: Arc::new(Authority::on_bus()),
     };
+    let listeners = Listeners::default();
+    tokio::spawn(listeners.clone().pass_on(news));
+    tokio::spawn(Private::new(manager.clone(), listeners.clone()).serve(private));
     let bus = Bus {
         address: settings.bus.clone(),
         manager,
         systemd: systemd_sender,
-        changes,
+        listeners,
     };
     tokio::spawn(bus.serve(|| {
         let _ = sd_notify::notify(&[NotifyState::Ready]);
@@ -158,62 +185,18 @@ pub async fn run(settings: Settings) -> Result<(), Error> {
     ended
 }
 
-/// The engine that the store's open runs and the definitions on disk add up to, and where each definition's file is.
-fn recover(
-    settings: &Settings,
-    store: &mut Store,
-) -> Result<(BTreeMap<WorkflowName, PathBuf>, Engine), Error> {
-    let storage = |source| Error::Store {
-        directory: settings.state.clone(),
-        source,
-    };
+/// The engine that the store's open runs and what is on disk add up to.
+fn recover(store: &Store, on_disk: &InForce, storage: Storage<'_>) -> Result<Engine, Error> {
     let boot_id = clock::boot_id().map_err(|source| Error::System {
         action: "tell this boot from others",
         source,
     })?;
-    let loaded = directory::load(&settings.workflows, settings.trust);
-    for diagnostic in &loaded.diagnostics {
-        tracing::warn!("{diagnostic}");
-    }
-    let (mut workflows, mut files) = (BTreeMap::new(), BTreeMap::new());
-    for (name, file) in loaded.definitions {
-        for diagnostic in &file.parsed.diagnostics {
-            match diagnostic.severity {
-                Severity::Error => tracing::error!("{diagnostic}"),
-                Severity::Warning => tracing::warn!("{diagnostic}"),
-            }
-        }
-        let known = match file.parsed.definition {
-            Some(definition) => {
-                store
-                    .put_definition(&definition, &file.bytes)
-                    .map_err(storage)?;
-                (Some(Arc::new(definition)), None)
-            }
-            None => {
-                let errors = file
-                    .parsed
-                    .diagnostics
-                    .iter()
-                    .filter(|found| found.severity == Severity::Error);
-                let fault = errors
-                    .map(ToString::to_string)
-                    .collect::<Vec<_>>()
-                    .join("\n");
-                // The last good one stays in force.
-                let last = store.last_definition(&name).map_err(storage)?;
-                let last = last.map(|digest| stored(store, &digest, settings));
-                (last.transpose()?.flatten(), Some(fault))
-            }
-        };
-        files.insert(name.clone(), file.path);
-        workflows.insert(name, known);
-    }
     let runs = store.open_runs().map_err(storage)?;
     let mut pins = HashMap::new();
     for started in runs.iter().filter_map(|run| run.started()) {
         if !pins.contains_key(&started.definition)
-            && let Some(definition) = stored(store, &started.definition, settings)?
+            && let Some(definition) =
+                definitions::stored(store, &started.definition).map_err(storage)?
         {
             pins.insert(started.definition.clone(), definition);
         }
@@ -222,35 +205,27 @@ fn recover(
         wall_us: clock::wall_us(),
         boot_us: clock::boot_us(),
     };
-    Ok((
-        files,
-        Engine::recover(
-            Recovered {
-                boot_id,
-                workflows,
-                pinned: pins,
-                runs,
-            },
-            now,
-        )?,
-    ))
+    let recovered = Recovered {
+        boot_id,
+        workflows: on_disk.workflows.clone(),
+        max_active: on_disk.max_active,
+        workers: store.workers().map_err(storage)?,
+        pause: store.pause().map_err(storage)?,
+        pinned: pins,
+        runs,
+    };
+    Ok(Engine::recover(recovered, now)?)
 }
 
-/// A definition that the store has. One that this version cannot read any more is said so, and is not there.
-fn stored(
-    store: &Store,
-    digest: &str,
-    settings: &Settings,
-) -> Result<Option<Arc<Definition>>, Error> {
-    let bytes = store.definition(digest).map_err(|source| Error::Store {
-        directory: settings.state.clone(),
-        source,
-    })?;
-    let parsed = definition::parse(digest, None, &bytes);
-    if parsed.definition.is_none() {
-        for diagnostic in &parsed.diagnostics {
-            tracing::error!("a stored definition cannot be used: {diagnostic}");
+/// Takes new definitions whenever systemd, or somebody, sends SIGHUP.
+async fn reload_on(mut hangup: Signal, definitions: Definitions) {
+    while hangup.recv().await.is_some() {
+        let reloading = NotifyState::monotonic_usec_now().map(|now| [NotifyState::Reloading, now]);
+        if let Ok(reloading) = reloading {
+            let _ = sd_notify::notify(&reloading);
         }
+        // What is wrong is in the log.
+        definitions.reload().await;
+        let _ = sd_notify::notify(&[NotifyState::Ready]);
     }
-    Ok(parsed.definition.map(Arc::new))
 }

@@ -21,8 +21,8 @@
 //! - A run ends once, and only when its cgroup is empty; 137 only when somebody asked for it.
 //! - Unit names, cgroups and round numbers are functions of the run: doing it twice is harmless, recovery guesses
 //!   nothing.
-//! - Only the driver writes to the store; only `systemd/properties.rs` names unit properties; only `main` exits; nothing
-//!   polls.
+//! - Only the driver writes to the store, but for definitions before they are in force; only `systemd/properties.rs`
+//!   names unit properties; only `main` exits; nothing polls.
 
 #![cfg_attr(
     test,

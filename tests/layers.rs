@@ -84,7 +84,8 @@ fn faults() -> Vec<String> {
         let source = std::fs::read_to_string(&path).unwrap();
         let (from, shown) = (module(&path), path.display());
         // The map and the programs are above all layers; a test may take what it needs to make its world.
-        if from == "lib" || from == "bin" || path.ends_with("tests.rs") {
+        let is_test = path.ends_with("tests.rs") || path.iter().any(|part| part == "simulation");
+        if from == "lib" || from == "bin" || is_test {
             continue;
         }
         let Some(of_from) = layer(&from) else {

@@ -1,20 +1,29 @@
 //! Who may do what. Every method has an action in one table; a method that is not there is denied to everybody.
 //!
-//! The caller is who the bus says it is: the uid of the sender's connection, never a pid and never a word of the
-//! message.
+//! The caller is who the bus, or on a connection without a bus the kernel, says it is: what decides is the uid, never a
+//! pid and never a word of the message. The pid and the process's name are for the record.
 
 use std::collections::HashMap;
+use std::fs;
 use std::sync::{Mutex, PoisonError};
 
 use zbus::Connection;
 use zbus::message::Header;
 
 use super::error::Error;
+use crate::model::run::Caller;
+use crate::os::peer::Peer;
 
 /// Method and action.
-pub const ACTIONS: [(&str, &str); 6] = [
+pub const ACTIONS: [(&str, &str); 12] = [
     ("StartRun", "org.nerve1.start-run"),
     ("KillRun", "org.nerve1.kill-run"),
+    ("AbortRun", "org.nerve1.abort-run"),
+    ("DrainWorkflow", "org.nerve1.drain-workflow"),
+    ("ResetWorkflow", "org.nerve1.reset-workflow"),
+    ("Pause", "org.nerve1.pause"),
+    ("Resume", "org.nerve1.pause"),
+    ("Reload", "org.nerve1.reload"),
     ("GetRun", "org.nerve1.read"),
     ("ListRuns", "org.nerve1.read"),
     ("GetThread", "org.nerve1.read"),
@@ -25,14 +34,44 @@ pub const ACTIONS: [(&str, &str); 6] = [
 /// gives them all again, so an [`Authority`] lives no longer than its connection.
 const REMEMBERED: usize = 256;
 
-/// Answers whether a caller on one bus connection may.
-#[derive(Debug, Default)]
+/// Answers whether a caller on one connection may.
+#[derive(Debug)]
 pub struct Authority {
-    senders: Mutex<HashMap<String, u32>>,
+    callers: Callers,
+}
+
+/// Who can be at the other end of a connection.
+#[derive(Debug)]
+enum Callers {
+    /// Everybody on a bus: by unique name those who have called.
+    OnBus(Mutex<HashMap<String, Caller>>),
+    /// One process.
+    Peer(Caller),
 }
 
 impl Authority {
-    /// Lets the sender of this call do what its method's action is, or says that it may not. Returns the sender's uid.
+    /// Of a connection to a bus.
+    #[must_use]
+    pub fn on_bus() -> Self {
+        Self {
+            callers: Callers::OnBus(Mutex::default()),
+        }
+    }
+
+    /// Of a connection that has nobody but this peer at its other end.
+    #[must_use]
+    pub fn of_peer(peer: &Peer) -> Self {
+        let comm = comm(peer.pid).filter(|_| peer.is_alive());
+        Self {
+            callers: Callers::Peer(Caller {
+                uid: peer.uid,
+                pid: Some(peer.pid),
+                comm,
+            }),
+        }
+    }
+
+    /// Lets the sender of this call do what its method's action is, or says that it may not. Returns the sender.
     ///
     /// # Errors
     /// [`Error::NotPermitted`], also when nobody can say who the sender is.
@@ -40,51 +79,105 @@ impl Authority {
         &self,
         connection: &Connection,
         header: &Header<'_>,
-    ) -> Result<u32, Error> {
+    ) -> Result<Caller, Error> {
         let method = header.member().map_or("", |member| member.as_str());
         let Some((_, action)) = ACTIONS.iter().find(|(known, _)| *known == method) else {
             return Err(Error::NotPermitted(format!(
                 "{method} has no action and is nobody's"
             )));
         };
-        let uid = self.uid(connection, header).await?;
+        let caller = match &self.callers {
+            Callers::OnBus(known) => sender(known, connection, header).await?,
+            Callers::Peer(peer) => peer.clone(),
+        };
+        let uid = caller.uid;
         if uid == 0 {
-            return Ok(uid);
+            return Ok(caller);
         }
         tracing::warn!(uid, action, "denied");
         Err(Error::NotPermitted(format!(
             "uid {uid} may not do {action}; run it as root"
         )))
     }
+}
 
-    async fn uid(&self, connection: &Connection, header: &Header<'_>) -> Result<u32, Error> {
-        let sender = header
-            .sender()
-            .ok_or_else(|| Error::NotPermitted("the call has no sender".to_owned()))?;
-        let known = self
-            .senders
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(sender.as_str())
-            .copied();
-        if let Some(uid) = known {
-            return Ok(uid);
-        }
-        let unknown = |error: zbus::Error| {
-            Error::NotPermitted(format!("the bus cannot tell who {sender} is: {error}"))
+/// Who the bus says the sender is.
+async fn sender(
+    known: &Mutex<HashMap<String, Caller>>,
+    connection: &Connection,
+    header: &Header<'_>,
+) -> Result<Caller, Error> {
+    let sender = header
+        .sender()
+        .ok_or_else(|| Error::NotPermitted("the call has no sender".to_owned()))?;
+    let remembered = known
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .get(sender.as_str())
+        .cloned();
+    if let Some(caller) = remembered {
+        return Ok(caller);
+    }
+    let unknown = |error: zbus::Error| {
+        Error::NotPermitted(format!("the bus cannot tell who {sender} is: {error}"))
+    };
+    let bus = zbus::fdo::DBusProxy::new(connection)
+        .await
+        .map_err(unknown)?;
+    let credentials = bus
+        .get_connection_credentials(sender.clone().into())
+        .await
+        .map_err(|error| unknown(error.into()))?;
+    let uid = credentials
+        .unix_user_id()
+        .ok_or_else(|| Error::NotPermitted(format!("the bus does not tell the uid of {sender}")))?;
+    let pid = credentials.process_id();
+    let caller = Caller {
+        uid,
+        pid,
+        comm: pid.and_then(comm),
+    };
+    let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
+    if known.len() >= REMEMBERED {
+        known.clear();
+    }
+    known.insert(sender.to_string(), caller.clone());
+    Ok(caller)
+}
+
+/// A process's name, if it can be read.
+fn comm(pid: u32) -> Option<String> {
+    let comm = fs::read(format!("/proc/{pid}/comm")).ok()?;
+    Some(harmless(comm.strip_suffix(b"\n").unwrap_or(&comm)))
+}
+
+/// A process chooses its name itself, and it goes into logs and onto terminals.
+fn harmless(comm: &[u8]) -> String {
+    let escape = |c: char| {
+        let (escaped, plain) = if c.is_control() {
+            (Some(c.escape_default()), None)
+        } else {
+            (None, Some(c))
         };
-        let bus = zbus::fdo::DBusProxy::new(connection)
-            .await
-            .map_err(unknown)?;
-        let uid = bus
-            .get_connection_unix_user(sender.clone().into())
-            .await
-            .map_err(|error| unknown(error.into()))?;
-        let mut senders = self.senders.lock().unwrap_or_else(PoisonError::into_inner);
-        if senders.len() >= REMEMBERED {
-            senders.clear();
-        }
-        senders.insert(sender.to_string(), uid);
-        Ok(uid)
+        escaped.into_iter().flatten().chain(plain)
+    };
+    String::from_utf8_lossy(comm)
+        .chars()
+        .flat_map(escape)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_is_told_by_the_kernel_and_its_name_is_made_harmless() {
+        assert_eq!(harmless("a\u{1b}[2Jb\n ü".as_bytes()), r"a\u{1b}[2Jb\n ü");
+        assert_eq!(harmless(b"\xffa"), "\u{fffd}a");
+        let own = std::process::id();
+        let name = fs::read_to_string("/proc/self/comm").unwrap();
+        assert_eq!(comm(own).as_deref(), Some(name.trim_end()));
+        assert_eq!(comm(u32::MAX), None);
     }
 }

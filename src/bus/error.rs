@@ -27,6 +27,10 @@ pub enum Error {
     AmbiguousRun(String),
     /// The run has ended, and not by a kill.
     AlreadyEnded(String),
+    /// The run is being ended already, so that an abort has nothing to add.
+    AlreadyEnding(String),
+    /// The key of a start belongs to a run that was started with something else.
+    KeyConflict(String),
     /// The caller may not do this.
     NotPermitted(String),
     /// The store is full; nothing was stored.
@@ -42,10 +46,10 @@ impl Error {
     #[must_use]
     pub fn exit_status(&self) -> u8 {
         match self {
-            Self::InvalidArgument(_) | Self::BadDefinition(_) => 65,
+            Self::InvalidArgument(_) | Self::BadDefinition(_) | Self::KeyConflict(_) => 65,
             Self::UnknownWorkflow(_) | Self::UnknownRun(_) => 66,
             Self::AmbiguousRun(_) => 67,
-            Self::AlreadyEnded(_) => 68,
+            Self::AlreadyEnded(_) | Self::AlreadyEnding(_) => 68,
             Self::NoSpace(_) | Self::Internal(_) | Self::ZBus(_) => 70,
             Self::Unknown(_) => 74,
             Self::NotPermitted(_) => 77,
@@ -63,6 +67,8 @@ impl fmt::Display for Error {
             | Self::UnknownRun(text)
             | Self::AmbiguousRun(text)
             | Self::AlreadyEnded(text)
+            | Self::AlreadyEnding(text)
+            | Self::KeyConflict(text)
             | Self::NotPermitted(text)
             | Self::NoSpace(text)
             | Self::Unknown(text)
@@ -150,13 +156,15 @@ mod tests {
     #[test]
     fn every_name_comes_back_from_the_wire_with_its_text_and_exit_status() {
         type Make = fn(String) -> Error;
-        let table: [(Make, &str, u8); 10] = [
+        let table: [(Make, &str, u8); 12] = [
             (Error::InvalidArgument, "InvalidArgument", 65),
             (Error::BadDefinition, "BadDefinition", 65),
             (Error::UnknownWorkflow, "UnknownWorkflow", 66),
             (Error::UnknownRun, "UnknownRun", 66),
             (Error::AmbiguousRun, "AmbiguousRun", 67),
             (Error::AlreadyEnded, "AlreadyEnded", 68),
+            (Error::AlreadyEnding, "AlreadyEnding", 68),
+            (Error::KeyConflict, "KeyConflict", 65),
             (Error::NotPermitted, "NotPermitted", 77),
             (Error::NoSpace, "NoSpace", 70),
             (Error::Unknown, "Unknown", 74),

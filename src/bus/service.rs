@@ -2,27 +2,26 @@
 //!
 //! A change is answered when it is durable; a read sees only what is durable.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::watch;
 use zbus::message::Header;
 use zbus::object_server::SignalEmitter;
 use zbus::{Connection, interface};
 
+use super::answers::{self, invalid, unreadable};
 use super::authorize::Authority;
-use super::client::{
-    Event, ListFilter, ManagerStatus, Round, Run, StartOptions, ThreadOptions, WorkflowStatus,
-};
 use super::error::Error;
-use crate::engine::Answer;
-use crate::manager::handle::{Gone, Handle};
+use super::words::{ListFilter, ManagerStatus, Round, Run, StartOptions, ThreadOptions, check_key};
+use crate::engine::{self, Answer};
+use crate::manager::definitions::Definitions;
+use crate::manager::handle::{Change, Gone, Handle};
 use crate::model::limits;
 use crate::model::name::{RunId, RunTail, WorkflowName};
-use crate::model::run::{Accepted, KillRequest};
-use crate::model::status::Status;
-use crate::store::{self, EventRow, Found, RunFilter, RunRow, ThreadRange};
+use crate::model::run::{AbortRequest, Accepted, KillRequest};
+use crate::model::status::{RunResult, Status};
+use crate::store::{self, Found, RunFilter, RunRow, ThreadRange};
 use crate::systemd::Systemd;
 
 /// What an answer of messages may hold: the bus takes 32 MiB at most.
@@ -34,15 +33,16 @@ pub struct Manager {
     pub handle: Handle,
     pub store: store::Handle,
     pub systemd: watch::Receiver<Option<Systemd>>,
-    /// Where each workflow's file is.
-    pub files: Arc<BTreeMap<WorkflowName, PathBuf>>,
+    pub definitions: Definitions,
     /// When nerved started: µs since the epoch.
     pub started_at: u64,
+    /// Of the one connection that this is served on.
     pub authority: Arc<Authority>,
 }
 
 #[interface(name = "org.nerve1.Manager")]
 impl Manager {
+    #[zbus(out_args("run", "result", "detail"))]
     async fn start_run(
         &self,
         #[zbus(header)] header: Header<'_>,
@@ -50,8 +50,10 @@ impl Manager {
         workflow: &str,
         prompt: &str,
         options: StartOptions,
-    ) -> Result<String, Error> {
-        let uid = self.authority.authorize(connection, &header).await?;
+    ) -> Result<(String, String, String), Error> {
+        crate::os::failpoint!("F01");
+        let caller = self.authority.authorize(connection, &header).await?;
+        crate::os::failpoint!("F02");
         let workflow: WorkflowName = workflow.parse().map_err(invalid)?;
         if prompt.len() > limits::PROMPT_BYTES {
             return Err(Error::InvalidArgument(format!(
@@ -69,25 +71,29 @@ impl Manager {
                 limits::MAX_ROUNDS
             )));
         }
+        if let Some(key) = &options.key {
+            check_key(key).map_err(Error::InvalidArgument)?;
+        }
         let accepted = Accepted {
             workflow: workflow.clone(),
             prompt: prompt.to_owned(),
             max_rounds: options.max_rounds,
             dry_run: false,
-            trigger: serde_json::json!({"type": "client", "uid": uid}),
+            trigger: answers::trigger(&caller),
+            key: options.key.clone(),
         };
         match self.handle.start(accepted).await? {
-            (run, Answer::Done) => Ok(run.to_string()),
-            (_, Answer::BadDefinition(faults)) => Err(Error::BadDefinition(format!(
+            Answer::Started {
+                run,
+                dropped,
+                fault,
+            } => Ok(answers::started(run, dropped, fault)),
+            Answer::Existing(run) => self.existing(run, prompt, &options).await,
+            Answer::BadDefinition(faults) => Err(Error::BadDefinition(format!(
                 "workflow {workflow} cannot be used: {faults}"
             ))),
-            (_, Answer::NoSpace) => Err(Error::NoSpace(
-                "no space is left for the database in /var/lib/nerve; nothing was started"
-                    .to_owned(),
-            )),
-            (_, Answer::UnknownWorkflow | Answer::NotOpen) => Err(Error::UnknownWorkflow(format!(
-                "no workflow is called {workflow}; `nervectl status` lists those that nerved read when it started"
-            ))),
+            Answer::NoSpace => Err(answers::no_space("nothing was started")),
+            _ => Err(answers::unknown_workflow(&workflow)),
         }
     }
 
@@ -99,13 +105,9 @@ impl Manager {
         reason: String,
         grace_usec: u64,
     ) -> Result<(), Error> {
-        self.authority.authorize(connection, &header).await?;
-        if reason.len() > limits::REASON_BYTES {
-            return Err(Error::InvalidArgument(format!(
-                "the reason is longer than {} bytes",
-                limits::REASON_BYTES
-            )));
-        }
+        let caller = self.authority.authorize(connection, &header).await?;
+        crate::os::failpoint!("F21");
+        let reason = answers::reason(reason)?;
         if u128::from(grace_usec) > limits::MAX_GRACE.as_micros() {
             return Err(Error::InvalidArgument(format!(
                 "the grace is longer than {} s",
@@ -114,28 +116,108 @@ impl Manager {
         }
         let id = self.find(&run).await?;
         let request = KillRequest {
-            reason: Some(reason).filter(|reason| !reason.is_empty()),
+            reason,
             grace_us: grace_usec,
+            by: Some(caller),
         };
-        match self.handle.kill(id, request).await? {
+        match self
+            .handle
+            .change(Change::Kill { run: id, request })
+            .await?
+        {
             Answer::NotOpen => {}
-            Answer::NoSpace => {
-                return Err(Error::NoSpace(
-                    "no space is left for the database; the kill is not in force".to_owned(),
-                ));
-            }
+            Answer::NoSpace => return Err(answers::no_space("the kill is not in force")),
             _ => return Ok(()),
         }
-        let row = self.row(id).await?;
-        if row.status == Status::Killed {
+        if self.row(id).await?.status == Status::Killed {
             return Ok(());
         }
-        let result = row.result.unwrap_or_default();
-        Err(Error::AlreadyEnded(format!(
-            "run {} had already ended: {} ({result})",
-            id.short(),
-            row.status
-        )))
+        Err(self.refusal(id).await?)
+    }
+
+    async fn abort_run(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+        run: String,
+        reason: String,
+    ) -> Result<(), Error> {
+        let by = self.authority.authorize(connection, &header).await?;
+        let reason = answers::reason(reason)?;
+        let id = self.find(&run).await?;
+        let request = AbortRequest { reason, by };
+        match self
+            .handle
+            .change(Change::Abort { run: id, request })
+            .await?
+        {
+            Answer::NotOpen | Answer::Ending => Err(self.refusal(id).await?),
+            Answer::NoSpace => Err(answers::no_space("the abort is not in force")),
+            _ => Ok(()),
+        }
+    }
+
+    async fn drain_workflow(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+        workflow: &str,
+        timeout_usec: u64,
+    ) -> Result<(), Error> {
+        let by = self.authority.authorize(connection, &header).await?;
+        let workflow: WorkflowName = workflow.parse().map_err(invalid)?;
+        let timeout = (timeout_usec != u64::MAX).then(|| Duration::from_micros(timeout_usec));
+        let change = Change::Drain {
+            workflow: workflow.clone(),
+            timeout,
+            by,
+        };
+        answers::done(self.handle.change(change).await?, Some(&workflow))
+    }
+
+    async fn reset_workflow(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+        workflow: &str,
+    ) -> Result<(), Error> {
+        let by = self.authority.authorize(connection, &header).await?;
+        let workflow: WorkflowName = workflow.parse().map_err(invalid)?;
+        let change = Change::Reset {
+            workflow: workflow.clone(),
+            by,
+        };
+        answers::done(self.handle.change(change).await?, Some(&workflow))
+    }
+
+    async fn pause(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+        reason: String,
+    ) -> Result<(), Error> {
+        let by = self.authority.authorize(connection, &header).await?;
+        let reason = answers::reason(reason)?;
+        let change = Change::Pause { reason, by };
+        answers::done(self.handle.change(change).await?, None)
+    }
+
+    async fn resume(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+    ) -> Result<(), Error> {
+        let by = self.authority.authorize(connection, &header).await?;
+        answers::done(self.handle.change(Change::Resume { by }).await?, None)
+    }
+
+    async fn reload(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+    ) -> Result<Vec<String>, Error> {
+        self.authority.authorize(connection, &header).await?;
+        Ok(self.definitions.reload().await)
     }
 
     async fn get_run(
@@ -145,6 +227,8 @@ impl Manager {
         run: String,
     ) -> Result<Run, Error> {
         self.authority.authorize(connection, &header).await?;
+        // Who asks about a run was answered when it was started.
+        crate::os::failpoint!("F05");
         let id = self.find(&run).await?;
         let row = self.row(id).await?;
         let events = self
@@ -152,26 +236,21 @@ impl Manager {
             .call(move |store| store.events(id))
             .await
             .map_err(unreadable)?;
-        let only_start = ThreadRange {
-            before: Some(1),
-            ..ThreadRange::default()
-        };
-        let start = self.store.call(move |store| store.thread(id, &only_start));
-        let start = start.await.map_err(unreadable)?.into_iter().next();
+        let prompt = self.prompt(id).await?;
         let unit = row
             .workflow
             .parse::<WorkflowName>()
             .ok()
             .map(|workflow| workflow.unit());
         Ok(Run {
-            prompt: start.map(|start| start.message.content),
+            prompt,
             max_rounds: row.max_rounds,
             dry_run: Some(row.dry_run),
             trigger: Some(row.trigger.clone()),
             definition: row.definition.clone(),
             unit,
-            events: Some(events.into_iter().map(event).collect()),
-            ..summarised(row)
+            events: Some(events.into_iter().map(answers::event).collect()),
+            ..answers::summarised(row)
         })
     }
 
@@ -199,7 +278,7 @@ impl Manager {
             .call(move |store| store.runs(&filter))
             .await
             .map_err(unreadable)?;
-        Ok(rows.into_iter().map(summarised).collect())
+        Ok(rows.into_iter().map(answers::summarised).collect())
     }
 
     async fn get_thread(
@@ -240,42 +319,21 @@ impl Manager {
         self.authority.authorize(connection, &header).await?;
         let overview = self.handle.overview().await?;
         let systemd = self.systemd.borrow().clone();
-        let mut workflows = Vec::new();
-        for workflow in overview.workflows {
-            let identity = match &systemd {
-                Some(systemd) if workflow.worker != "absent" => {
-                    systemd.identity(&workflow.name).await.ok().flatten()
-                }
-                _ => None,
-            };
-            let limits = workflow
-                .definition
-                .as_ref()
-                .map(|definition| &definition.workflow);
-            workflows.push(WorkflowStatus {
-                worker: workflow.worker.to_owned(),
-                running: count(workflow.running),
-                queued: count(workflow.queued),
-                concurrency: limits.map_or(0, |limits| limits.concurrency),
-                max_queue: limits.map_or(0, |limits| limits.max_queue),
-                error: workflow.fault,
-                path: self
-                    .files
-                    .get(&workflow.name)
-                    .map_or_else(String::new, |path| path.display().to_string()),
-                unit: workflow.name.unit(),
-                main_pid: identity
-                    .map(|identity| identity.main_pid)
-                    .filter(|pid| *pid != 0),
-                name: workflow.name.into(),
-            });
-        }
+        let mut pids = answers::main_pids(systemd.as_ref(), &overview.workflows).await;
+        let files = self.definitions.files();
+        let workflow = |workflow: engine::WorkflowStatus| {
+            let path = files.get(&workflow.name);
+            let main_pid = pids.remove(&workflow.name);
+            answers::workflow(workflow, path, main_pid)
+        };
         Ok(ManagerStatus {
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            running: count(overview.running),
-            queued: count(overview.queued),
+            running: answers::count(overview.running),
+            queued: answers::count(overview.queued),
             started_at: self.started_at,
-            workflows,
+            paused: overview.pause.map(answers::pause),
+            max_active: overview.max_active,
+            workflows: overview.workflows.into_iter().map(workflow).collect(),
         })
     }
 
@@ -284,6 +342,12 @@ impl Manager {
         emitter: &SignalEmitter<'_>,
         run: &str,
         status: &str,
+    ) -> zbus::Result<()>;
+
+    #[zbus(signal)]
+    pub(super) async fn workflow_changed(
+        emitter: &SignalEmitter<'_>,
+        workflow: &str,
     ) -> zbus::Result<()>;
 }
 
@@ -314,6 +378,54 @@ impl Manager {
             .map_err(unreadable)?;
         row.ok_or_else(|| Error::UnknownRun(format!("run {id} is gone")))
     }
+
+    /// Content of round 0.
+    async fn prompt(&self, id: RunId) -> Result<Option<String>, Error> {
+        let only_start = ThreadRange {
+            before: Some(1),
+            ..ThreadRange::default()
+        };
+        let start = self.store.call(move |store| store.thread(id, &only_start));
+        let start = start.await.map_err(unreadable)?.into_iter().next();
+        Ok(start.map(|start| start.message.content))
+    }
+
+    /// The run that has the key already is the answer if it was started with the same.
+    async fn existing(
+        &self,
+        id: RunId,
+        prompt: &str,
+        options: &StartOptions,
+    ) -> Result<(String, String, String), Error> {
+        let row = self.row(id).await?;
+        let other = if self.prompt(id).await?.as_deref() != Some(prompt) {
+            "another prompt"
+        } else if options.max_rounds.is_some() && options.max_rounds != row.max_rounds {
+            "another limit of rounds"
+        } else {
+            let result = row.result.as_deref().map(str::parse::<RunResult>);
+            let dropped = result.and_then(Result::ok);
+            let dropped = dropped.filter(|result| result.end().0 == Status::Dropped);
+            let Some(result) = dropped else {
+                return Ok(answers::started(id, None, None));
+            };
+            let events = self.store.call(move |store| store.events(id)).await;
+            let detail = answers::detail(&events.map_err(unreadable)?);
+            return Ok(answers::started(id, Some((result, detail)), None));
+        };
+        Err(Error::KeyConflict(format!(
+            "key {} is taken by run {}, which was started with {other}; take another key, or start it as before",
+            options.key.as_deref().unwrap_or_default(),
+            id.short()
+        )))
+    }
+
+    /// Why a run can be ended no more: what ended it or is ending it, when, and by whom.
+    async fn refusal(&self, id: RunId) -> Result<Error, Error> {
+        let row = self.row(id).await?;
+        let events = self.store.call(move |store| store.events(id)).await;
+        Ok(answers::refusal(id, &row, &events.map_err(unreadable)?))
+    }
 }
 
 impl From<Gone> for Error {
@@ -324,64 +436,49 @@ impl From<Gone> for Error {
     }
 }
 
-fn invalid(error: impl std::fmt::Display) -> Error {
-    Error::InvalidArgument(error.to_string())
-}
-
-#[expect(clippy::needless_pass_by_value, reason = "called by map_err")]
-fn unreadable(error: store::Error) -> Error {
-    tracing::error!(%error, "failed to read the store");
-    Error::Internal(error.to_string())
-}
-
-fn count(number: usize) -> u32 {
-    u32::try_from(number).unwrap_or(u32::MAX)
-}
-
-fn summarised(row: RunRow) -> Run {
-    Run {
-        run: row.run,
-        workflow: row.workflow,
-        status: row.status.to_string(),
-        killing: row.killing,
-        exit_code: row.exit_code.map(i32::from),
-        result: row.result,
-        reason: row.reason,
-        rounds: row.rounds,
-        created_at: row.created_at,
-        started_at: row.started_at,
-        ended_at: row.ended_at,
-        ..Run::default()
-    }
-}
-
-fn event(row: EventRow) -> Event {
-    Event {
-        seq: row.seq,
-        kind: row.event_type,
-        timestamp: row.timestamp,
-        payload: row.payload,
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use std::collections::HashMap;
+pub(super) mod tests {
+    use std::collections::{BTreeMap, HashMap};
+    use std::future::pending;
+    use std::path::PathBuf;
 
     use tokio::sync::mpsc;
     use zbus::object_server::Interface as _;
 
     use super::super::authorize::ACTIONS;
     use super::*;
-    use crate::engine::{Engine, Now, Recovered};
-    use crate::manager::driver::{Driver, World};
+    use crate::config::definition;
+    use crate::config::directory::Trust;
+    use crate::engine::{Engine, Known, Now, Recovered};
+    use crate::manager::definitions::{Keeper, Places};
+    use crate::manager::driver::Driver;
+    use crate::manager::hands::World;
     use crate::store::Store;
 
-    fn manager(directory: &std::path::Path) -> Manager {
-        let store = store::Handle::spawn(Store::open(directory).unwrap()).unwrap();
+    /// What answers, with nobody behind it.
+    pub(in crate::bus) fn manager(directory: &std::path::Path) -> Manager {
+        let (manager, _) = with_driver(directory, BTreeMap::new());
+        manager
+    }
+
+    fn with_driver(
+        directory: &std::path::Path,
+        workflows: BTreeMap<WorkflowName, Known>,
+    ) -> (Manager, Driver) {
+        let mut store = Store::open(directory).unwrap();
+        let places = Places {
+            workflows: vec![],
+            settings: directory.join("nerve.yaml"),
+            trust: Trust::Anyone,
+        };
+        let (_, definitions) = Keeper::load(places, &mut store).unwrap();
+        let store = store::Handle::spawn(store).unwrap();
         let recovered = Recovered {
             boot_id: "b".into(),
-            workflows: BTreeMap::new(),
+            workflows,
+            max_active: None,
+            workers: BTreeMap::new(),
+            pause: None,
             pinned: HashMap::new(),
             runs: vec![],
         };
@@ -391,25 +488,83 @@ mod tests {
         };
         let (_, systemd) = watch::channel(None);
         let world = World {
-            store: store.clone(),
             systemd: systemd.clone(),
-            changes: mpsc::unbounded_channel().0,
             worker: PathBuf::new(),
             socket: PathBuf::new(),
         };
-        let (_, handle) = Driver::new(Engine::recover(recovered, now).unwrap(), world);
-        Manager {
+        let (driver, handle) = Driver::new(
+            Engine::recover(recovered, now).unwrap(),
+            store.clone(),
+            world,
+            mpsc::unbounded_channel().0,
+        );
+        let manager = Manager {
             handle,
             store,
             systemd,
-            files: Arc::default(),
+            definitions,
             started_at: 0,
-            authority: Arc::default(),
+            authority: Arc::new(Authority::on_bus()),
+        };
+        (manager, driver)
+    }
+
+    #[tokio::test]
+    async fn a_key_leads_to_its_run_only_for_who_starts_the_same() {
+        let directory = tempfile::tempdir().unwrap();
+        let text = "version: 1\nname: a\nroles:\n  a:\n    exec: [/bin/true]\ngraph:\n  $START: a\n  a: { ok: $END }\n";
+        let definition = definition::parse("a", None, text.as_bytes())
+            .definition
+            .unwrap();
+        let known = Known {
+            definition: Some(Arc::new(definition.clone())),
+            fault: None,
+        };
+        let workflows = BTreeMap::from([("a".parse().unwrap(), known)]);
+        let (manager, driver) = with_driver(directory.path(), workflows);
+        let put = manager
+            .store
+            .call(move |store| store.put_definition(&definition, text.as_bytes()));
+        put.await.unwrap();
+        tokio::spawn(driver.run(pending()));
+        let accepted = Accepted {
+            workflow: "a".parse().unwrap(),
+            prompt: "once".to_owned(),
+            max_rounds: Some(3),
+            dry_run: false,
+            trigger: serde_json::Value::Null,
+            key: Some("k".to_owned()),
+        };
+        let started = manager.handle.start(accepted).await.unwrap();
+        let Answer::Started { run, .. } = started else {
+            panic!("{started:?}");
+        };
+        let options = |max_rounds| StartOptions {
+            max_rounds,
+            key: Some("k".to_owned()),
+        };
+        for same in [None, Some(3)] {
+            let answer = manager.existing(run, "once", &options(same)).await;
+            let nothing = String::new;
+            assert_eq!(answer.unwrap(), (run.to_string(), nothing(), nothing()));
+        }
+        for (prompt, rounds, what) in [
+            ("again", None, "another prompt"),
+            ("once", Some(4), "another limit of rounds"),
+        ] {
+            let error = manager.existing(run, prompt, &options(rounds)).await;
+            let error = error.unwrap_err();
+            assert_eq!(error.exit_status(), 65);
+            let said = format!(
+                "key k is taken by run {}, which was started with {what}",
+                run.short()
+            );
+            assert!(error.to_string().starts_with(&said), "{error}");
         }
     }
 
-    #[test]
-    fn every_method_of_the_interface_has_an_action_and_every_action_a_method() {
+    #[tokio::test]
+    async fn every_method_of_the_interface_has_an_action_and_every_action_a_method() {
         let directory = tempfile::tempdir().unwrap();
         let mut xml = String::new();
         manager(directory.path()).introspect_to_writer(&mut xml, 0);

@@ -3,21 +3,19 @@
 //! The bus may go away and come back at any time. Nothing that nerve promised hangs on it: while it is away nobody can
 //! ask and no unit is started, and all else goes on.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, watch};
 use tokio::time::sleep;
 use zbus::connection::Builder;
 use zbus::object_server::SignalEmitter;
 
+use super::authorize::Authority;
 use super::client::{NAME, PATH};
+use super::news::{Listeners, signal};
 use super::service::Manager;
-use crate::engine::Input;
-use crate::manager::handle::Handle;
+use crate::engine::{Input, UnitState};
 use crate::model::limits;
-use crate::model::name::RunId;
-use crate::model::status::Status;
 use crate::systemd::Systemd;
 
 /// Keeps nerve on the bus.
@@ -28,8 +26,8 @@ pub struct Bus {
     pub manager: Manager,
     /// Where everybody finds systemd.
     pub systemd: watch::Sender<Option<Systemd>>,
-    /// Runs whose status changed.
-    pub changes: mpsc::UnboundedReceiver<(RunId, Status)>,
+    /// Where what is to be signalled is heard.
+    pub listeners: Listeners,
 }
 
 impl Bus {
@@ -50,6 +48,7 @@ impl Bus {
                 })
                 .await;
             self.systemd.send_replace(None);
+            self.manager.handle.report(Input::BusLost).await;
             let why = ended.err().map_or_else(
                 || "the connection ended".to_owned(),
                 |error| error.to_string(),
@@ -73,41 +72,41 @@ impl Bus {
             .as_deref()
             .map_or_else(Builder::system, Builder::address);
         let manager = Manager {
-            authority: Arc::default(),
+            authority: Arc::new(Authority::on_bus()),
             ..self.manager.clone()
         };
+        // Before anybody can ask: who then hears nothing has missed nothing.
+        let mut news = self.listeners.listen();
         let connection = builder.serve_at(PATH, manager).build().await?;
-        let systemd = Systemd::connect(&connection).await?;
-        // Listen first, then read, so that no change falls between.
-        let mut changed = systemd.changes().await?;
-        let all = systemd.units().await?;
-        self.systemd.send_replace(Some(systemd.clone()));
-        let handle: &Handle = &self.manager.handle;
-        handle.report(Input::Units(all)).await;
-        connection.request_name(NAME).await?;
-        tracing::info!("serving {NAME}");
-        served();
-        let emitter = SignalEmitter::new(&connection, PATH)?;
-        let watch = async {
-            let mut workflows = Vec::new();
-            while changed.recv_many(&mut workflows, usize::MAX).await > 0 {
-                for workflow in workflows.drain(..).collect::<BTreeSet<_>>() {
-                    let unit = systemd.unit(&workflow).await?;
-                    tracing::debug!(workflow = %workflow, ?unit, "unit");
-                    handle.report(Input::Unit { workflow, unit }).await;
+        let (systemd, units) = Systemd::connect(&connection).await?;
+        self.systemd.send_replace(Some(systemd));
+        // The first report is how all units are, or that nobody can tell.
+        let (handle, reported) = (&self.manager.handle, Arc::new(Notify::new()));
+        let watch = units.run(|input| {
+            let (handle, reported) = (handle.clone(), Arc::clone(&reported));
+            async move {
+                if let Input::Unit { unit, .. } = &input {
+                    crate::os::failpoint!("F09", unit.state == UnitState::Active);
+                    crate::os::failpoint!("F19", unit.state == UnitState::Absent);
                 }
+                handle.report(input).await;
+                reported.notify_one();
             }
-            Ok(())
-        };
-        let announce = async {
-            while let Some((run, status)) = self.changes.recv().await {
-                Manager::run_changed(&emitter, &run.to_string(), status.as_str()).await?;
+        });
+        let emitter = SignalEmitter::new(&connection, PATH)?;
+        let serve = async {
+            reported.notified().await;
+            connection.request_name(NAME).await?;
+            tracing::info!("serving {NAME}");
+            served();
+            while let Some(one) = news.recv().await {
+                signal(&emitter, one).await?;
             }
             Ok(())
         };
         tokio::select! {
-            ended = watch => ended,
-            ended = announce => ended,
+            () = watch => Ok(()),
+            ended = serve => ended,
             () = connection.closed() => Ok(()),
         }
     }

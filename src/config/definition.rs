@@ -4,7 +4,6 @@
 //! [`parse`] and [`from_json`] are pure and read the same tree with the same code: what a run pinned means the same
 //! where it is executed. A [`Definition`] is given out only when nothing is wrong with it.
 
-use std::fmt::Write as _;
 use std::path::Path;
 
 use serde_json::Value;
@@ -21,9 +20,9 @@ use crate::model::hex::hex;
 use crate::model::limits;
 use crate::model::name::WorkflowName;
 use crate::model::run::Digest;
-use crate::model::workflow::{Definition, Overflow, WorkerSettings, Workflow};
+use crate::model::workflow::{Definition, OnFull, Overflow, WorkerSettings, Workflow};
 
-const KEYS: [&str; 11] = [
+const KEYS: [&str; 12] = [
     "version",
     "name",
     "description",
@@ -31,14 +30,12 @@ const KEYS: [&str; 11] = [
     "concurrency",
     "overflow",
     "max_queue",
+    "on_full",
     "timeout",
     "roles",
     "graph",
     "worker",
 ];
-
-/// Most diagnostics of one file: whoever reads them mends these first.
-const DIAGNOSTICS: usize = 100;
 
 /// What reading a file came to.
 #[derive(Debug, Clone, Default)]
@@ -74,7 +71,7 @@ pub fn digest(bytes: &[u8]) -> Digest {
 pub fn parse(path: &str, stem: Option<&str>, bytes: &[u8]) -> Parsed {
     let mut reader = Reader::default();
     let mut host_checks = Vec::new();
-    let read = tree(&mut reader, bytes).and_then(|node| {
+    let read = reader.tree(bytes).and_then(|node| {
         let workflow = workflow(&mut reader, &node, stem, &mut host_checks)?;
         Some((workflow, yaml::to_json(&node)))
     });
@@ -85,28 +82,9 @@ pub fn parse(path: &str, stem: Option<&str>, bytes: &[u8]) -> Parsed {
             workflow,
             source,
         });
-    reader.faults.sort();
-    reader.faults.dedup();
-    let more = reader.faults.len().saturating_sub(DIAGNOSTICS);
-    if more > 0 {
-        // An error, if there is one at all, is among those that stay.
-        reader
-            .faults
-            .sort_by_key(|fault| (fault.severity, fault.place));
-        reader.faults.truncate(DIAGNOSTICS);
-        reader.faults.sort();
-    }
-    let mut diagnostics: Vec<Diagnostic> = reader
-        .faults
-        .into_iter()
-        .map(|fault| fault.at(path))
-        .collect();
-    if let Some(last) = diagnostics.last_mut().filter(|_| more > 0) {
-        let _ = write!(last.message, "; and {more} more faults");
-    }
     Parsed {
         definition,
-        diagnostics,
+        diagnostics: reader.diagnostics(path),
         path: path.to_owned(),
         host_checks,
     }
@@ -134,47 +112,6 @@ pub fn from_json(source: &Value) -> Result<Workflow, String> {
     }
 }
 
-/// The tree of a file, if there is one worth reading.
-fn tree(reader: &mut Reader, bytes: &[u8]) -> Option<Node> {
-    if bytes.len() > limits::DEFINITION_BYTES {
-        let (size, limit) = (bytes.len(), limits::DEFINITION_BYTES);
-        let message =
-            format!("the file has {size} bytes, more than the {limit} a definition may have");
-        reader.error_help(
-            Place::START,
-            message,
-            "move long texts into files that a role reads",
-        );
-        return None;
-    }
-    let text = match std::str::from_utf8(bytes) {
-        Ok(text) => text,
-        Err(error) => {
-            reader.error_help(
-                end_of(&bytes[..error.valid_up_to()]),
-                "the file is not UTF-8",
-                "save it as UTF-8",
-            );
-            return None;
-        }
-    };
-    let (node, faults) = yaml::parse(text);
-    reader.faults.extend(faults.into_iter().map(Into::into));
-    node
-}
-
-/// The place right after a text.
-fn end_of(bytes: &[u8]) -> Place {
-    let text = String::from_utf8_lossy(bytes);
-    let line = text.matches('\n').count() + 1;
-    let column = text
-        .rsplit('\n')
-        .next()
-        .map_or(0, |last| last.chars().count())
-        + 1;
-    Place { line, column }
-}
-
 /// Everything of a file. `None` when so much is wrong that there is nothing to check together.
 fn workflow(
     reader: &mut Reader,
@@ -198,7 +135,7 @@ fn workflow(
     let max_rounds = integer("max_rounds", 1, limits::MAX_ROUNDS);
     let concurrency = integer("concurrency", 1, limits::CONCURRENCY).unwrap_or(1);
     let max_queue = integer("max_queue", 0, limits::MAX_QUEUE).unwrap_or(limits::DEFAULT_MAX_QUEUE);
-    let overflow = overflow(reader, fields);
+    let (overflow, on_full) = overflow(reader, fields);
     let timeout = fields
         .get("timeout")
         .and_then(|entry| reader.duration(&entry.value, "timeout"));
@@ -218,6 +155,7 @@ fn workflow(
         concurrency,
         overflow,
         max_queue,
+        on_full,
         timeout,
         roles,
         graph,
@@ -289,15 +227,39 @@ fn name(
     }
 }
 
-fn overflow(reader: &mut Reader, fields: Fields<'_>) -> Overflow {
-    if let Some(entry) = fields.get("overflow")
-        && let Some(text) = reader.text(&entry.value, "overflow")
-        && text != "queue"
-    {
-        let message = format!("overflow is {}", quoted(text));
-        reader.error_help(entry.value.place, message, "this nerve knows `queue` only");
+/// What happens to a start that finds no slot, and what when it finds no place in the queue either. What another key
+/// makes meaningless is a warning: whoever wrote it may expect something.
+fn overflow(reader: &mut Reader, fields: Fields<'_>) -> (Overflow, OnFull) {
+    let overflow = fields.get("overflow").and_then(|entry| {
+        let choices = [
+            ("queue", Overflow::Queue),
+            ("drop", Overflow::Drop),
+            ("latest", Overflow::Latest),
+        ];
+        reader.choice(&entry.value, "overflow", &choices)
+    });
+    let on_full = fields.get("on_full").and_then(|entry| {
+        let choices = [("evict", OnFull::Evict), ("refuse", OnFull::Refuse)];
+        reader.choice(&entry.value, "on_full", &choices)
+    });
+    let (word, why, meaningless): (_, _, &[&str]) = match overflow {
+        Some(Overflow::Drop) => ("drop", "nothing ever waits", &["max_queue", "on_full"]),
+        Some(Overflow::Latest) => (
+            "latest",
+            "a newer run always takes the place of the one that waits",
+            &["on_full"],
+        ),
+        Some(Overflow::Queue) | None => ("queue", "", &[]),
+    };
+    for entry in meaningless.iter().filter_map(|key| fields.get(key)) {
+        let message = format!("{} has no effect with `overflow: {word}`: {why}", entry.key);
+        let help = format!("remove {}, or write `overflow: queue`", entry.key);
+        reader.warning(entry.place, message, help);
     }
-    Overflow::Queue
+    (
+        overflow.unwrap_or(Overflow::Queue),
+        on_full.unwrap_or(OnFull::Evict),
+    )
 }
 
 fn worker(
@@ -356,9 +318,11 @@ pub fn host_warnings(parsed: &Parsed) -> Vec<Diagnostic> {
 
 #[cfg(test)]
 mod tests {
+    use std::fmt::Write as _;
     use std::fs;
     use std::time::Duration;
 
+    use super::super::reader::DIAGNOSTICS;
     use super::*;
     use proptest::prelude::*;
 
@@ -395,6 +359,8 @@ worker:
   Nice: 5
   ReadWritePaths: /srv -/opt/x
   PrivateNetwork: yes
+  StartLimitIntervalSec: 2min
+  StartLimitBurst: 3
 "#;
 
     fn errors(text: &str) -> Vec<String> {
@@ -446,6 +412,8 @@ worker:
         assert_eq!(worker.cpu_quota, Some(Duration::from_millis(1_500)));
         assert_eq!((worker.nice, worker.private_network), (Some(5), Some(true)));
         assert_eq!(worker.read_write_paths, ["/srv", "-/opt/x"]);
+        assert_eq!(worker.start_limit_interval, Some(Duration::from_secs(120)));
+        assert_eq!(worker.start_limit_burst, Some(3));
         assert_eq!(
             definition.source["roles"]["coder"]["exec"][3],
             Value::Bool(true)
@@ -475,6 +443,69 @@ worker:
         );
         assert_eq!(workflow.worker, WorkerSettings::default());
         assert_eq!(workflow.roles[&"r".parse().unwrap()].prompt, None);
+    }
+
+    #[test]
+    fn what_happens_when_all_slots_are_taken_can_be_chosen() {
+        let read = |keys: &str| {
+            let text = with("overflow: queue\nmax_queue: 7\n", keys);
+            let workflow = parse("f.yaml", None, text.as_bytes())
+                .definition
+                .unwrap()
+                .workflow;
+            (workflow.overflow, workflow.max_queue, workflow.on_full)
+        };
+        for (keys, expected) in [
+            ("", (Overflow::Queue, 100, OnFull::Evict)),
+            ("on_full: refuse\n", (Overflow::Queue, 100, OnFull::Refuse)),
+            (
+                "overflow: queue\nmax_queue: 3\non_full: evict\n",
+                (Overflow::Queue, 3, OnFull::Evict),
+            ),
+            ("overflow: drop\n", (Overflow::Drop, 100, OnFull::Evict)),
+            ("overflow: latest\n", (Overflow::Latest, 100, OnFull::Evict)),
+            (
+                "overflow: latest\nmax_queue: 0\n",
+                (Overflow::Latest, 0, OnFull::Evict),
+            ),
+        ] {
+            assert_eq!(read(keys), expected, "{keys}");
+        }
+    }
+
+    #[test]
+    fn what_another_key_makes_meaningless_is_told() {
+        for (keys, expected) in [
+            (
+                "overflow: drop\nmax_queue: 7\non_full: evict",
+                vec![
+                    "f.yaml:7:1: warning: max_queue has no effect with `overflow: drop`: nothing ever waits (remove max_queue, or write `overflow: queue`)",
+                    "f.yaml:8:1: warning: on_full has no effect with `overflow: drop`: nothing ever waits (remove on_full, or write `overflow: queue`)",
+                ],
+            ),
+            (
+                "overflow: latest\nmax_queue: 7\non_full: refuse",
+                vec![
+                    "f.yaml:8:1: warning: on_full has no effect with `overflow: latest`: a newer run",
+                ],
+            ),
+            (
+                "overflow: lates\nmax_queue: 7\non_full: drop",
+                vec![
+                    "f.yaml:6:11: error: overflow is \"lates\" (did you mean latest?)",
+                    "f.yaml:8:10: error: on_full is \"drop\" (write one of evict, refuse)",
+                ],
+            ),
+            (
+                "overflow: [drop]\nmax_queue: 7\non_full:",
+                vec![
+                    "f.yaml:6:11: error: overflow is a list",
+                    "error: on_full is empty",
+                ],
+            ),
+        ] {
+            says(&with("overflow: queue\nmax_queue: 7", keys), &expected);
+        }
     }
 
     #[test]

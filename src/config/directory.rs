@@ -1,4 +1,5 @@
-//! The directories that definitions are read from. Called when nerved starts, and by `nervectl validate`.
+//! The directories that definitions are read from. Called when nerved starts or reads them again, by `settings`, and by
+//! `nervectl validate`.
 //!
 //! A file is opened once and read once: what is checked, hashed and used is the same bytes. Nothing that is found stops
 //! anything: it becomes a diagnostic. A definition decides what runs as which user, so nerved trusts a file only when
@@ -121,8 +122,8 @@ pub fn load(directories: &[PathBuf], trust: Trust) -> Loaded {
     loaded
 }
 
-/// The files of a directory that may be definitions, sorted.
-fn listing(directory: &Path, diagnostics: &mut Vec<Diagnostic>) -> Vec<PathBuf> {
+/// The files of a directory that may be definitions, or settings, sorted.
+pub(super) fn listing(directory: &Path, diagnostics: &mut Vec<Diagnostic>) -> Vec<PathBuf> {
     let wanted = |name: &OsStr| {
         let name = name.as_bytes();
         name.ends_with(b".yaml") && !name.starts_with(b".")

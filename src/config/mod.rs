@@ -1,8 +1,8 @@
 //! Text becomes checked values here; errors carry file, line, column and what to do.
 //!
-//! Called by the composition root (loading), by the worker (a definition sent back as JSON, and templates) and by
+//! Called by the manager (loading), by the worker (a definition sent back as JSON, and templates) and by
 //! `nervectl validate`. Imports only [`crate::model`]. No function here panics, whatever it is fed, and nothing but
-//! [`directory`] and [`definition::host_warnings`] touches the machine.
+//! [`directory`], [`settings::load`] and [`definition::host_warnings`] touches the machine.
 
 pub mod definition;
 pub mod diagnostic;
@@ -11,6 +11,7 @@ mod host;
 mod reader;
 mod roles;
 mod routes;
+pub mod settings;
 pub mod template;
 mod template_shape;
 pub mod time;

@@ -1,12 +1,17 @@
-//! Typed reading of a tree: each `take` either gives a value or notes what is wrong, and goes on. Called by the modules
-//! of `config` that know what a file may say.
+//! Typed reading of a file: each step either gives a value or notes what is wrong, and goes on. Called by the modules of
+//! `config` that know what a file may say.
 
+use std::fmt::Write as _;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use super::diagnostic::{Diagnostic, Severity, listed, nearest, quoted};
 use super::time::parse_duration;
 use super::yaml::{self, Content, Entry, Node, Place, QUOTE_TEMPLATE};
+use crate::model::limits;
+
+/// Most diagnostics of one file: whoever reads them mends these first.
+pub(super) const DIAGNOSTICS: usize = 100;
 
 /// Something wrong, before it has a path.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -93,6 +98,53 @@ impl Reader {
         self.faults
             .iter()
             .any(|fault| fault.severity == Severity::Error)
+    }
+
+    /// The tree of a file, if there is one worth reading.
+    pub fn tree(&mut self, bytes: &[u8]) -> Option<Node> {
+        if bytes.len() > limits::DEFINITION_BYTES {
+            let (size, limit) = (bytes.len(), limits::DEFINITION_BYTES);
+            self.error_help(
+                Place::START,
+                format!("the file has {size} bytes, more than the {limit} that it may have"),
+                "move long texts into files that a role reads",
+            );
+            return None;
+        }
+        let text = match std::str::from_utf8(bytes) {
+            Ok(text) => text,
+            Err(error) => {
+                self.error_help(
+                    end_of(&bytes[..error.valid_up_to()]),
+                    "the file is not UTF-8",
+                    "save it as UTF-8",
+                );
+                return None;
+            }
+        };
+        let (node, faults) = yaml::parse(text);
+        self.faults.extend(faults.into_iter().map(Into::into));
+        node
+    }
+
+    /// What was noted, in the order of the file.
+    pub fn diagnostics(mut self, path: &str) -> Vec<Diagnostic> {
+        self.faults.sort();
+        self.faults.dedup();
+        let more = self.faults.len().saturating_sub(DIAGNOSTICS);
+        if more > 0 {
+            // An error, if there is one at all, is among those that stay.
+            self.faults
+                .sort_by_key(|fault| (fault.severity, fault.place));
+            self.faults.truncate(DIAGNOSTICS);
+            self.faults.sort();
+        }
+        let faults = self.faults.into_iter();
+        let mut diagnostics: Vec<Diagnostic> = faults.map(|fault| fault.at(path)).collect();
+        if let Some(last) = diagnostics.last_mut().filter(|_| more > 0) {
+            let _ = write!(last.message, "; and {more} more faults");
+        }
+        diagnostics
     }
 
     /// The entries of a map. `subject` is what the map is called: `the file`, `role coder`.
@@ -183,6 +235,26 @@ impl Reader {
         number
     }
 
+    /// One of a few words.
+    pub fn choice<T: Copy>(
+        &mut self,
+        node: &Node,
+        subject: &str,
+        choices: &[(&str, T)],
+    ) -> Option<T> {
+        let text = self.text(node, subject)?;
+        let choice = choices.iter().find(|(word, _)| *word == text);
+        if choice.is_none() {
+            let words = || choices.iter().map(|(word, _)| *word);
+            let help = match nearest(text, words()) {
+                Some(meant) => format!("did you mean {meant}?"),
+                None => format!("write one of {}", listed(words())),
+            };
+            self.error_help(node.place, format!("{subject} is {}", quoted(text)), help);
+        }
+        choice.map(|(_, value)| *value)
+    }
+
     pub fn duration(&mut self, node: &Node, subject: &str) -> Option<Duration> {
         let text = self.text(node, subject)?;
         match parse_duration(text) {
@@ -201,6 +273,18 @@ impl Reader {
             }
         }
     }
+}
+
+/// The place right after a text.
+fn end_of(bytes: &[u8]) -> Place {
+    let text = String::from_utf8_lossy(bytes);
+    let line = text.matches('\n').count() + 1;
+    let column = text
+        .rsplit('\n')
+        .next()
+        .map_or(0, |last| last.chars().count())
+        + 1;
+    Place { line, column }
 }
 
 /// What a value is, for a message.

@@ -8,11 +8,13 @@ use std::time::Duration;
 
 use super::diagnostic::quoted;
 use super::reader::Reader;
+use super::time::parse_duration;
 use super::unit_syntax::{account, boolean, permyriad, size, tasks, words};
 use super::yaml::{Content, Entry, Node, Place};
+use crate::model::worker::DEATHS;
 use crate::model::workflow::WorkerSettings;
 
-const KEYS: [&str; 11] = [
+const KEYS: [&str; 13] = [
     "User",
     "Group",
     "SupplementaryGroups",
@@ -24,6 +26,8 @@ const KEYS: [&str; 11] = [
     "ReadWritePaths",
     "ReadOnlyPaths",
     "PrivateNetwork",
+    "StartLimitIntervalSec",
+    "StartLimitBurst",
 ];
 /// Variables that systemd or nerve sets itself; a prefix where it ends in `_`.
 const TAKEN: [&str; 16] = [
@@ -65,6 +69,10 @@ pub(super) fn read(reader: &mut Reader, node: &Node) -> WorkerSettings {
             boolean(text).ok_or_else(|| format!("{} is neither yes nor no", quoted(text)))
         })
     });
+    settings.start_limit_interval =
+        entry("StartLimitIntervalSec").and_then(|entry| single(reader, entry, interval));
+    settings.start_limit_burst =
+        entry("StartLimitBurst").and_then(|entry| single(reader, entry, burst));
     if let Some(entry) = entry("SupplementaryGroups") {
         let groups = several(reader, entry, account);
         settings.supplementary_groups = groups.into_iter().map(|(_, group)| group).collect();
@@ -164,6 +172,31 @@ fn quota(text: &str) -> Result<Duration, String> {
             quoted(text)
         )),
     }
+}
+
+/// The crash limit cannot be switched off: a worker that dies at once would be started for ever.
+fn interval(text: &str) -> Result<Duration, String> {
+    let interval = match text {
+        "infinity" => Duration::MAX,
+        text => parse_duration(text)?,
+    };
+    match u64::try_from(interval.as_micros()) {
+        Ok(0) => Err("0 would switch the limit off; write a time span like 60s".to_owned()),
+        // What systemd means by infinity.
+        Err(_) | Ok(u64::MAX) => {
+            Err("infinity would never forget a death; write a time span like 1d".to_owned())
+        }
+        Ok(_) => Ok(interval),
+    }
+}
+
+/// No more than are remembered.
+fn burst(text: &str) -> Result<u32, String> {
+    let digits = text.bytes().all(|b| b.is_ascii_digit());
+    text.parse()
+        .ok()
+        .filter(|burst| digits && (1..=DEATHS).contains(&(*burst as usize)))
+        .ok_or_else(|| format!("{} is no whole number from 1 to {DEATHS}", quoted(text)))
 }
 
 fn environment(reader: &mut Reader, entry: &Entry) -> Vec<String> {
@@ -302,6 +335,20 @@ mod tests {
     }
 
     #[test]
+    fn the_crash_limit_is_systemds_unless_the_section_says_otherwise() {
+        assert_eq!(
+            section("Nice: 0").unwrap().start_limit(),
+            (Duration::from_secs(60), 6)
+        );
+        let both = section("StartLimitIntervalSec: 1min 30s\nStartLimitBurst: 100\n").unwrap();
+        assert_eq!(both.start_limit(), (Duration::from_secs(90), 100));
+        let one = section("StartLimitBurst: '1'").unwrap();
+        assert_eq!(one.start_limit(), (Duration::from_secs(60), 1));
+        let bare = section("StartLimitIntervalSec: 10").unwrap();
+        assert_eq!(bare.start_limit(), (Duration::from_secs(10), 6));
+    }
+
+    #[test]
     fn what_has_no_effect_is_refused_with_its_reason() {
         for (text, expected) in [
             (
@@ -336,6 +383,29 @@ mod tests {
             ("CPUQuota: 0%", "quota of 0%"),
             ("Nice: 20", "no whole number from -20 to 19"),
             ("PrivateNetwork: maybe", "neither yes nor no"),
+            (
+                "StartLimitBurst: 0",
+                "StartLimitBurst: \"0\" is no whole number from 1 to 100",
+            ),
+            ("StartLimitBurst: 101", "no whole number from 1 to 100"),
+            ("StartLimitBurst: +5", "no whole number from 1 to 100"),
+            ("StartLimitBurst: [5]", "is a list"),
+            ("StartLimitBurst: infinity", "no whole number from 1 to 100"),
+            (
+                "StartLimitIntervalSec: 0",
+                "StartLimitIntervalSec: 0 would switch the limit off",
+            ),
+            ("StartLimitIntervalSec: 0.0000001", "switch the limit off"),
+            ("StartLimitIntervalSec: infinity", "never forget a death"),
+            (
+                "StartLimitIntervalSec: 18446744073709551615us",
+                "never forget a death",
+            ),
+            ("StartLimitIntervalSec: soon", "\"soon\" is no time span"),
+            (
+                "StartLimitInterval: 5",
+                "unknown key \"StartLimitInterval\" in worker",
+            ),
             ("User: bad.name", "no valid name"),
             ("SupplementaryGroups: [a b, c:d]", "no valid name"),
             ("ExecStart: /bin/sh", "unknown key \"ExecStart\" in worker"),

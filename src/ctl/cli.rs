@@ -16,9 +16,10 @@ Exit status:
   65  bad definition or input       74  the answer is unknown: look, then repeat
   66  unknown workflow or run       75  the run was dropped
   67  more than one run is meant    77  not permitted
-  68  the run had already ended
+  68  the run had ended, or is being ended, already
   `workflow start --wait` exits with the run's own exit code: 0 completed,
-  1 failed, 2 out of rounds, 124 timed out, 137 killed, 255 crashed.
+  1 failed, 2 out of rounds, 124 timed out, 130 interrupted, 137 killed,
+  143 aborted, 255 crashed.
   nervectl(1) has the whole table.";
 
 /// Start, watch and end durable workflows.
@@ -36,7 +37,7 @@ pub(super) struct Cli {
 /// What can be done.
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Start, list, show and kill runs of workflows
+    /// Start, list, show and end runs of workflows; replace and reset their workers
     #[command(subcommand)]
     Workflow(Workflow),
     /// Show what the roles of a run said, in order
@@ -50,8 +51,20 @@ pub(super) enum Command {
     /// Prints `NAME: ok` for each that is right; what is wrong goes to stderr as PATH:LINE:COLUMN. Exits 65 when
     /// anything is wrong; warnings alone are right.
     Validate(Validate),
-    /// Show nerve itself: what runs, what waits, and which definitions are broken
-    Status,
+    /// Show nerve itself: what runs, what waits and why, and which definitions are broken
+    Status(Status),
+    /// Let no more runs start; those that have started go on
+    ///
+    /// Runs are accepted as before and wait, but workflows with `overflow: drop` drop theirs. It holds until
+    /// `nervectl resume`, also across restarts and reboots.
+    Pause(Pause),
+    /// Let runs start again after `nervectl pause`
+    Resume,
+    /// Take new definitions, as `systemctl reload nerve` does
+    ///
+    /// Runs that have started keep the definition that they were started with; no run is interrupted. What is wrong
+    /// with a definition goes to stderr, and exits 65; the others are taken all the same.
+    Reload,
 }
 
 /// What can be done with runs.
@@ -71,6 +84,17 @@ pub(super) enum Workflow {
     /// SIGTERM to all processes of the run, then, after the grace, SIGKILL. Returns when the runs have ended; until
     /// then they are shown as `started (killing)`. Killing a run that is already killed succeeds.
     Kill(Kill),
+    /// End a run when its round is done; it ends 143
+    ///
+    /// Returns once the request is durable; until the run has ended it is shown as `started (aborting)`. A run that
+    /// waits, or that no worker has, ends at once. What has ended, or is being ended already, is refused.
+    Abort(Abort),
+    /// Have a workflow's worker replaced as soon as its runs have ended
+    ///
+    /// The worker gets no new runs; those wait for the next one. Without a worker it is done at once.
+    Drain(Drain),
+    /// Forget that a workflow's worker died too often, or was stopped: its runs start again
+    Reset(Reset),
 }
 
 /// `workflow start`
@@ -88,6 +112,11 @@ pub(super) struct Start {
     /// Rounds that the run may take; when it needs one more it ends (failed, 2). Without it the definition says
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(limits::MAX_ROUNDS)))]
     pub max_rounds: Option<u32>,
+    /// Start it once only: when a run of the workflow has this key already, that run is the answer; at most 128 bytes
+    ///
+    /// A run that has it and was started with another prompt is an error (65).
+    #[arg(long, value_name = "KEY", allow_hyphen_values = true)]
+    pub key: Option<OsString>,
     /// Wait for the run's end, also across restarts of nerve, and exit with its exit code
     ///
     /// Interrupted, nervectl goes and the run stays.
@@ -158,6 +187,56 @@ pub(super) struct Kill {
     pub no_block: bool,
 }
 
+/// `workflow abort`
+#[derive(Debug, Args)]
+pub(super) struct Abort {
+    /// The run: its id or the last digits of it
+    pub run: OsString,
+    /// Why; is kept with the run; at most 1 KiB
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub reason: Option<OsString>,
+}
+
+/// `workflow drain`
+#[derive(Debug, Args)]
+pub(super) struct Drain {
+    /// The workflow, as `nervectl status` lists it
+    #[arg(value_name = "NAME")]
+    pub workflow: OsString,
+    /// After this time end the runs that are left (interrupted, 130); without it they take as long as they take
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub timeout: Option<Duration>,
+    /// Return when the worker that was there is gone, also across restarts of nerve
+    ///
+    /// Interrupted, nervectl goes and the drain stays in force.
+    #[arg(long)]
+    pub wait: bool,
+}
+
+/// `workflow reset`
+#[derive(Debug, Args)]
+pub(super) struct Reset {
+    /// The workflow, as `nervectl status` lists it
+    #[arg(value_name = "NAME")]
+    pub workflow: OsString,
+}
+
+/// `pause`
+#[derive(Debug, Args)]
+pub(super) struct Pause {
+    /// Why; is shown by `nervectl status`; at most 1 KiB
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub reason: Option<OsString>,
+}
+
+/// `status`
+#[derive(Debug, Args)]
+pub(super) struct Status {
+    /// How to print it
+    #[arg(short, long, value_enum, default_value_t = Format::Text)]
+    pub output: Format,
+}
+
 /// `thread`
 #[derive(Debug, Args)]
 pub(super) struct Thread {
@@ -203,7 +282,7 @@ fn grace(text: &str) -> Result<Duration, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::status::{RunResult, Status};
+    use crate::model::status::{RunResult, Status as RunStatus};
     use clap::CommandFactory;
 
     fn parse(line: &str) -> Result<Cli, clap::Error> {
@@ -230,6 +309,16 @@ mod tests {
             "nervectl validate",
             "nervectl validate a.yaml b.yaml",
             "nervectl status",
+            "nervectl status -o json",
+            "nervectl workflow start a --key ticket-4711",
+            "nervectl workflow abort 3fa9 --reason -why",
+            "nervectl workflow drain a",
+            "nervectl workflow drain a --timeout 2h --wait",
+            "nervectl workflow reset a",
+            "nervectl pause",
+            "nervectl pause --reason why",
+            "nervectl resume",
+            "nervectl reload",
         ] {
             assert!(parse(line).is_ok(), "{line}");
         }
@@ -250,6 +339,14 @@ mod tests {
             "nervectl workflow kill 3fa9 --grace soon",
             "nervectl workflow kill 3fa9 --grace 3601s",
             "nervectl thread 3fa9 -n 0",
+            "nervectl workflow abort",
+            "nervectl workflow abort 3fa9 77e0",
+            "nervectl workflow drain",
+            "nervectl workflow drain a --timeout soon",
+            "nervectl workflow reset",
+            "nervectl pause why",
+            "nervectl resume now",
+            "nervectl reload a",
         ] {
             assert!(parse(line).is_err(), "{line}");
         }
@@ -294,7 +391,7 @@ mod tests {
 
     #[test]
     fn every_status_and_exit_code_of_a_run_is_in_the_manual() {
-        for status in Status::ALL {
+        for status in RunStatus::ALL {
             assert!(MANUAL.contains(&format!("\n.It {status} Ta")), "{status}");
         }
         for word in [

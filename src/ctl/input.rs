@@ -7,6 +7,7 @@ use std::path::Path;
 
 use super::Failure;
 use super::cli::Start;
+use crate::bus::client::check_key;
 use crate::model::limits;
 use crate::model::name::{RunTail, WorkflowName};
 
@@ -26,7 +27,7 @@ pub(super) fn run(text: &OsStr) -> Result<String, Failure> {
     }
 }
 
-/// The reason of a kill.
+/// The reason of a kill, an abort or a pause.
 pub(super) fn reason(text: Option<&OsStr>) -> Result<String, Failure> {
     let text = utf8(
         "the reason",
@@ -40,6 +41,16 @@ pub(super) fn reason(text: Option<&OsStr>) -> Result<String, Failure> {
         )));
     }
     Ok(text)
+}
+
+/// What makes a start idempotent.
+pub(super) fn key(text: Option<&OsStr>) -> Result<Option<String>, Failure> {
+    let Some(text) = text else {
+        return Ok(None);
+    };
+    let key = utf8("the key", text.as_encoded_bytes().to_vec())?;
+    check_key(&key).map_err(Failure::Input)?;
+    Ok(Some(key))
 }
 
 /// The prompt of a start: `-p`, a file, stdin, or empty.
@@ -115,6 +126,7 @@ mod tests {
             prompt: text,
             prompt_file: file,
             max_rounds: None,
+            key: None,
             wait: false,
         })
     }
@@ -180,6 +192,9 @@ mod tests {
         }
         assert_eq!(run(OsStr::new("3FA9")).unwrap(), "3FA9");
         assert_eq!(run(OsStr::new("xyz")).unwrap_err().status(), 65);
+        assert_eq!(key(Some(OsStr::new("a"))).unwrap().as_deref(), Some("a"));
+        assert_eq!(key(None).unwrap(), None);
+        assert_eq!(key(Some(OsStr::new("a\n"))).unwrap_err().status(), 65);
         assert_eq!(reason(None).unwrap(), "");
         assert_eq!(
             reason(Some(OsStr::new(&"x".repeat(1025))))

@@ -4,7 +4,7 @@
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::bus::client::{Event, Round, Run};
+use crate::bus::client::{Event, ManagerStatus, Round, Run, WorkflowStatus};
 
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -13,6 +13,7 @@ struct RunObject<'a> {
     workflow: &'a str,
     status: &'a str,
     killing: bool,
+    aborting: bool,
     exit_code: Option<i32>,
     result: Option<&'a str>,
     reason: Option<&'a str>,
@@ -33,6 +34,8 @@ struct DetailObject<'a> {
     trigger: Value,
     definition: Option<&'a str>,
     unit: Option<&'a str>,
+    /// Why it is not executed, when something is in its way.
+    waits: Option<String>,
     events: Vec<EventObject<'a>>,
 }
 
@@ -54,6 +57,85 @@ struct RoundObject<'a> {
     timestamp: u64,
 }
 
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct StatusObject<'a> {
+    version: &'a str,
+    started_at: u64,
+    running: u32,
+    queued: u32,
+    max_active: Option<u32>,
+    paused: Option<PauseObject<'a>>,
+    workflows: Vec<WorkflowObject<'a>>,
+}
+
+#[derive(Serialize)]
+struct PauseObject<'a> {
+    reason: Option<&'a str>,
+    since: u64,
+    by: Value,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct WorkflowObject<'a> {
+    name: &'a str,
+    worker: &'a str,
+    invocation: Option<&'a str>,
+    obstacle: Option<&'a str>,
+    since: Option<u64>,
+    running: u32,
+    queued: u32,
+    concurrency: u32,
+    overflow: Option<&'a str>,
+    max_queue: u32,
+    on_full: Option<&'a str>,
+    error: Option<&'a str>,
+    path: &'a str,
+    unit: &'a str,
+    main_pid: Option<u32>,
+}
+
+impl<'a> From<&'a ManagerStatus> for StatusObject<'a> {
+    fn from(status: &'a ManagerStatus) -> Self {
+        Self {
+            version: &status.version,
+            started_at: status.started_at,
+            running: status.running,
+            queued: status.queued,
+            max_active: status.max_active,
+            paused: status.paused.as_ref().map(|pause| PauseObject {
+                reason: pause.reason.as_deref(),
+                since: pause.since,
+                by: decode(&pause.by),
+            }),
+            workflows: status.workflows.iter().map(WorkflowObject::from).collect(),
+        }
+    }
+}
+
+impl<'a> From<&'a WorkflowStatus> for WorkflowObject<'a> {
+    fn from(workflow: &'a WorkflowStatus) -> Self {
+        Self {
+            name: &workflow.name,
+            worker: &workflow.worker,
+            invocation: workflow.invocation.as_deref(),
+            obstacle: workflow.obstacle.as_deref(),
+            since: workflow.since,
+            running: workflow.running,
+            queued: workflow.queued,
+            concurrency: workflow.concurrency,
+            overflow: workflow.overflow.as_deref(),
+            max_queue: workflow.max_queue,
+            on_full: workflow.on_full.as_deref(),
+            error: workflow.error.as_deref(),
+            path: &workflow.path,
+            unit: &workflow.unit,
+            main_pid: workflow.main_pid,
+        }
+    }
+}
+
 impl<'a> From<&'a Run> for RunObject<'a> {
     fn from(run: &'a Run) -> Self {
         Self {
@@ -61,6 +143,7 @@ impl<'a> From<&'a Run> for RunObject<'a> {
             workflow: &run.workflow,
             status: &run.status,
             killing: run.killing,
+            aborting: run.aborting,
             exit_code: run.exit_code,
             result: run.result.as_deref(),
             reason: run.reason.as_deref(),
@@ -82,6 +165,7 @@ impl<'a> From<&'a Run> for DetailObject<'a> {
             trigger: run.trigger.as_deref().map_or(Value::Null, decode),
             definition: run.definition.as_deref(),
             unit: run.unit.as_deref(),
+            waits: None,
             events: run.events.iter().flatten().map(EventObject::from).collect(),
         }
     }
@@ -134,8 +218,15 @@ pub(super) fn list(runs: &[Run]) -> String {
 }
 
 /// `workflow show -o json`
-pub(super) fn show(run: &Run) -> String {
-    array(&[DetailObject::from(run)])
+pub(super) fn show(run: &Run, waits: Option<String>) -> String {
+    let mut detail = DetailObject::from(run);
+    detail.waits = waits;
+    array(&[detail])
+}
+
+/// `status -o json`
+pub(super) fn status(status: &ManagerStatus) -> String {
+    array(&[StatusObject::from(status)])
 }
 
 /// `thread -o json`
@@ -169,6 +260,7 @@ mod tests {
                 "workflow",
                 "status",
                 "killing",
+                "aborting",
                 "exitCode",
                 "result",
                 "reason",
@@ -187,7 +279,7 @@ mod tests {
 
     #[test]
     fn show_decodes_what_the_bus_carries_as_text() {
-        let value: Value = serde_json::from_str(&show(&ended())).unwrap();
+        let value: Value = serde_json::from_str(&show(&ended(), None)).unwrap();
         assert_eq!(value.as_array().map(Vec::len), Some(1));
         assert_eq!(value[0]["exitCode"], 2);
         assert_eq!(
@@ -199,7 +291,7 @@ mod tests {
             serde_json::json!({"workflow": "fix-failing-test"})
         );
         assert_eq!(value[0]["events"][0]["type"], "queued");
-        let text = show(&ended());
+        let text = show(&ended(), None);
         let place = |key: &str| text.find(&format!("\"{key}\"")).unwrap();
         let order = [
             "endedAt",
@@ -214,6 +306,40 @@ mod tests {
         assert!(
             order.windows(2).all(|pair| place(pair[0]) < place(pair[1])),
             "{text}"
+        );
+    }
+
+    #[test]
+    fn status_has_all_its_keys() {
+        let pause = crate::bus::client::Pause {
+            reason: None,
+            since: 5,
+            by: r#"{"uid":0}"#.to_owned(),
+        };
+        let answer = ManagerStatus {
+            version: "0.1.0".to_owned(),
+            paused: Some(pause),
+            workflows: vec![WorkflowStatus {
+                name: "a".to_owned(),
+                worker: "blocked".to_owned(),
+                obstacle: Some("why".to_owned()),
+                overflow: Some("queue".to_owned()),
+                ..WorkflowStatus::default()
+            }],
+            ..ManagerStatus::default()
+        };
+        let value: Value = serde_json::from_str(&status(&answer)).unwrap();
+        assert_eq!(
+            value,
+            serde_json::json!([{
+                "version": "0.1.0", "startedAt": 0, "running": 0, "queued": 0, "maxActive": null,
+                "paused": {"reason": null, "since": 5, "by": {"uid": 0}},
+                "workflows": [{
+                    "name": "a", "worker": "blocked", "invocation": null, "obstacle": "why", "since": null,
+                    "running": 0, "queued": 0, "concurrency": 0, "overflow": "queue", "maxQueue": 0, "onFull": null,
+                    "error": null, "path": "", "unit": "", "mainPid": null
+                }]
+            }])
         );
     }
 

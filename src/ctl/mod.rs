@@ -3,15 +3,18 @@
 //! Only [`run`] decides the exit status. stdout has what was asked for and nothing else; all else goes to stderr.
 
 mod cli;
+mod control;
 mod input;
 mod json;
 mod kill;
 mod render;
+mod render_status;
 mod start;
 mod text;
 mod verbs;
 mod wait;
 
+use std::env;
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -19,9 +22,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Parser;
 
-use crate::bus::client::Client;
+use crate::bus::client::{Addresses, Client, PRIVATE};
 use crate::bus::error::CallError;
-use crate::config::directory;
+use crate::config::{directory, settings};
 use cli::{Cli, Command, Workflow};
 
 /// Exit status of a command line that makes no sense.
@@ -30,25 +33,33 @@ const USAGE: u8 = 64;
 /// Where things are.
 #[derive(Debug, Clone)]
 struct Settings {
-    /// Address of the bus; without one the system bus (`DBUS_SYSTEM_BUS_ADDRESS`).
-    bus: Option<String>,
+    /// Where nerve is. The system bus is `DBUS_SYSTEM_BUS_ADDRESS`, if that is set, and then it is what is meant.
+    addresses: Addresses,
     /// The directories of definitions; the first wins.
     definitions: Vec<PathBuf>,
+    /// The engine's settings.
+    engine: PathBuf,
 }
 
 impl Default for Settings {
     fn default() -> Self {
         let definitions = directory::STANDARD;
+        let is_root = rustix::process::geteuid().is_root();
+        let is_told = env::var_os("DBUS_SYSTEM_BUS_ADDRESS").is_some();
         Self {
-            bus: None,
+            addresses: Addresses {
+                private: (is_root && !is_told).then(|| PathBuf::from(PRIVATE)),
+                bus: None,
+            },
             definitions: definitions.map(PathBuf::from).to_vec(),
+            engine: PathBuf::from(settings::STANDARD),
         }
     }
 }
 
 impl Settings {
     async fn connect(&self) -> Result<Client, CallError> {
-        Client::connect(self.bus.as_deref()).await
+        Client::connect(&self.addresses).await
     }
 }
 
@@ -64,7 +75,7 @@ enum Failure {
     /// The call was sent and not answered: it may have had its effect.
     #[error("{0}")]
     Unknown(String),
-    /// The run had ended before it could be killed.
+    /// The run had ended before it could be killed or aborted.
     #[error("{0}")]
     AlreadyEnded(String),
     /// A signal ended the wait; what was waited for goes on.
@@ -122,10 +133,16 @@ async fn dispatch(settings: &Settings, command: Command) -> Result<u8, Failure> 
         Command::Workflow(Workflow::List(arguments)) => verbs::list(settings, &arguments).await,
         Command::Workflow(Workflow::Show(arguments)) => verbs::show(settings, &arguments).await,
         Command::Workflow(Workflow::Kill(arguments)) => kill::kill(settings, &arguments).await,
+        Command::Workflow(Workflow::Abort(arguments)) => control::abort(settings, &arguments).await,
+        Command::Workflow(Workflow::Drain(arguments)) => control::drain(settings, &arguments).await,
+        Command::Workflow(Workflow::Reset(arguments)) => control::reset(settings, &arguments).await,
+        Command::Pause(arguments) => control::pause(settings, &arguments).await,
+        Command::Resume => control::resume(settings).await,
+        Command::Reload => control::reload(settings).await,
         Command::Thread(arguments) => verbs::thread(settings, &arguments).await,
         Command::Logs(arguments) => verbs::logs(settings, &arguments).await,
         Command::Validate(arguments) => verbs::validate(settings, &arguments),
-        Command::Status => verbs::status(settings).await,
+        Command::Status(arguments) => verbs::status(settings, &arguments).await,
     }
 }
 

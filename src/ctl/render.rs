@@ -5,10 +5,15 @@ use std::fmt::Write;
 use serde_json::Value;
 
 use super::json::decode;
-use super::text::{ago, block, line, span, table, time};
-use crate::bus::client::{ManagerStatus, Round, Run, WorkflowStatus};
+use super::render_status;
+use super::text::{ago, block, line, span, table};
+use crate::bus::client::{Dropped, ManagerStatus, Round, Run};
 use crate::model::message::OK;
-use crate::model::name::RoleName;
+use crate::model::name::{RoleName, RunId};
+use crate::model::run::{Caller, RunEvent};
+use crate::model::status::Status;
+use crate::model::time::utc as time;
+use crate::model::worker::Death;
 
 /// How many of an id's last digits people see.
 const SHORT: usize = 8;
@@ -47,8 +52,12 @@ pub(super) fn list(runs: &[Run], now: u64) -> String {
 }
 
 fn status_word(run: &Run) -> String {
-    let killing = if run.killing { " (killing)" } else { "" };
-    format!("{}{killing}", line(&run.status))
+    let ending = match (run.killing, run.aborting) {
+        (true, _) => " (killing)",
+        (false, true) => " (aborting)",
+        (false, false) => "",
+    };
+    format!("{}{ending}", line(&run.status))
 }
 
 /// How long it took, or has taken so far; the queue does not count.
@@ -70,6 +79,30 @@ pub(super) fn end(run: &Run) -> String {
         let _ = write!(text, ": {}", line(&more));
     }
     text
+}
+
+/// The line that says that a run was dropped at once, and why.
+pub(super) fn dropped(run: RunId, dropped: &Dropped) -> String {
+    let (result, run) = (line(&dropped.result), run.short());
+    let mut text = format!("run {run} {} (75, {result})", Status::Dropped);
+    if !dropped.detail.is_empty() {
+        let _ = write!(text, ": {}", line(&dropped.detail));
+    }
+    text
+}
+
+/// The line that says why a run in the queue does not start, when something is in its way.
+pub(super) fn waits(run: &Run, status: &ManagerStatus, now: u64) -> Option<String> {
+    let is_queued = run.status == Status::Queued.as_str();
+    let why = match status.paused.as_ref().filter(|_| is_queued) {
+        Some(pause) => format!("nerve is {}", render_status::pause(pause, now)),
+        None => {
+            let mut all = status.workflows.iter();
+            let workflow = all.find(|workflow| workflow.name == run.workflow)?;
+            render_status::obstacle(workflow, now)?
+        }
+    };
+    Some(why)
 }
 
 /// systemd's words, or whatever else the end of the run came with.
@@ -109,7 +142,7 @@ fn facts(run: &Run) -> String {
 }
 
 /// `workflow show`: an aligned block, then the prompt, then the events.
-pub(super) fn show(run: &Run, now: u64) -> String {
+pub(super) fn show(run: &Run, waits: Option<String>, now: u64) -> String {
     let mut fields = vec![("Run", run.run.clone()), ("Workflow", run.workflow.clone())];
     fields.push((
         "Status",
@@ -125,6 +158,7 @@ pub(super) fn show(run: &Run, now: u64) -> String {
         None => run.rounds.to_string(),
     };
     let optional = [
+        ("Waits", waits),
         ("Reason", run.reason.clone()),
         ("Rounds", Some(rounds)),
         ("Created", Some(instant(run.created_at))),
@@ -164,7 +198,7 @@ pub(super) fn show(run: &Run, now: u64) -> String {
                 vec![
                     time(event.timestamp),
                     line(&event.kind).into_owned(),
-                    summary(&decode(&event.payload)),
+                    what(&event.kind, &decode(&event.payload)),
                 ]
             })
             .collect();
@@ -175,6 +209,37 @@ pub(super) fn show(run: &Run, now: u64) -> String {
         );
     }
     text
+}
+
+/// What an event has to say.
+fn what(kind: &str, payload: &Value) -> String {
+    let text = match kind {
+        "worker-lost" => worker_lost(payload),
+        RunEvent::KILL | RunEvent::ABORT => Some(request(payload)),
+        _ => None,
+    };
+    text.unwrap_or_else(|| summary(payload))
+}
+
+/// `signal, SIGSEGV; attempt 2, invocation 0f3a…`
+fn worker_lost(payload: &Value) -> Option<String> {
+    let death: Death = serde_json::from_value(payload.clone()).ok()?;
+    let invocation = payload.get("invocation")?.as_str()?;
+    let attempt = payload.get("attempt")?.as_u64()?;
+    let text = format!("{death}; attempt {attempt}, invocation {invocation}");
+    Some(line(&text).into_owned())
+}
+
+/// `by uid 0 (nervectl, pid 4711), grace 5s: too slow`
+fn request(payload: &Value) -> String {
+    let by = serde_json::from_value::<Caller>(payload["by"].clone());
+    let by = by.ok().map(|by| format!("by {by}"));
+    let grace = payload["graceUs"].as_u64();
+    let grace = grace.map(|us| format!("grace {}", span(us)));
+    let facts: Vec<String> = by.into_iter().chain(grace).collect();
+    let reason = payload["reason"].as_str();
+    let reason = reason.map_or_else(String::new, |reason| format!(": {reason}"));
+    line(&format!("{}{reason}", facts.join(", "))).into_owned()
 }
 
 /// The facts of a payload, `key=value` each; what is long is in the JSON, but for the reason that the run ended.
@@ -254,69 +319,14 @@ fn push_lines(text: &mut String, prefix: &str, content: &str) {
     }
 }
 
-/// `status`: nerve, its workflows, and what is wrong with their definitions.
-pub(super) fn status(status: &ManagerStatus, now: u64) -> String {
-    const HEADER: [&str; 6] = [
-        "WORKFLOW",
-        "WORKER",
-        "RUNNING",
-        "QUEUED",
-        "PID",
-        "DEFINITION",
-    ];
-    let mut text = format!(
-        "nerve {}, started {}; {}\n{} running, {} queued\n",
-        line(&status.version),
-        time(status.started_at),
-        ago(status.started_at, now),
-        status.running,
-        status.queued
-    );
-    let row = |workflow: &WorkflowStatus| {
-        let mark = if workflow.error.is_some() {
-            " (broken)"
-        } else {
-            ""
-        };
-        vec![
-            line(&workflow.name).into_owned(),
-            line(&workflow.worker).into_owned(),
-            format!("{}/{}", workflow.running, workflow.concurrency),
-            format!("{}/{}", workflow.queued, workflow.max_queue),
-            workflow
-                .main_pid
-                .map_or("-".to_owned(), |pid| pid.to_string()),
-            format!("{}{mark}", line(&workflow.path)),
-        ]
-    };
-    if !status.workflows.is_empty() {
-        text.push('\n');
-        let rows: Vec<Vec<String>> = status.workflows.iter().map(row).collect();
-        text.push_str(&table(&HEADER, &["RUNNING", "QUEUED", "PID"], &rows));
-    }
-    let mut errors = status
-        .workflows
-        .iter()
-        .filter_map(|workflow| workflow.error.as_deref())
-        .peekable();
-    if errors.peek().is_some() {
-        text.push('\n');
-    }
-    for error in errors {
-        text.push_str(block(error).trim_end());
-        text.push('\n');
-    }
-    text
-}
-
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::bus::client::Event;
+    use crate::bus::client::{Event, Pause, WorkflowStatus};
 
     /// 2026-11-20 10:36:22 UTC
-    const CREATED: u64 = 1_795_170_982_000_000;
-    const NOW: u64 = CREATED + 300_000_000;
+    pub(in crate::ctl) const CREATED: u64 = 1_795_170_982_000_000;
+    pub(in crate::ctl) const NOW: u64 = CREATED + 300_000_000;
 
     pub(in crate::ctl) fn queued() -> Run {
         Run {
@@ -363,13 +373,19 @@ pub(super) mod tests {
             started_at: Some(NOW - 1_500_000),
             ..queued()
         };
+        let aborting = Run {
+            killing: false,
+            aborting: true,
+            ..killing.clone()
+        };
         assert_eq!(
-            list(&[queued(), killing, ended()], NOW),
+            list(&[queued(), killing, aborting, ended()], NOW),
             "\
-RUN       WORKFLOW          STATUS             EXIT  RESULT      ROUNDS  CREATED   TIME
-77e0b454  check-host        queued                -  -                0  2s ago    -
-77e0b454  check-host        started (killing)     -  -                0  2s ago    1.5s
-3fa9c1d2  fix-failing-test  failed                2  max-rounds      12  5min ago  1min 2s
+RUN       WORKFLOW          STATUS              EXIT  RESULT      ROUNDS  CREATED   TIME
+77e0b454  check-host        queued                 -  -                0  2s ago    -
+77e0b454  check-host        started (killing)      -  -                0  2s ago    1.5s
+77e0b454  check-host        started (aborting)     -  -                0  2s ago    1.5s
+3fa9c1d2  fix-failing-test  failed                 2  max-rounds      12  5min ago  1min 2s
 "
         );
         assert_eq!(list(&[], NOW).lines().count(), 1);
@@ -406,7 +422,7 @@ RUN       WORKFLOW          STATUS             EXIT  RESULT      ROUNDS  CREATED
     #[test]
     fn show_is_a_block_then_prompt_then_events() {
         assert_eq!(
-            show(&ended(), NOW),
+            show(&ended(), None, NOW),
             "       Run: 0193000000007000800000003fa9c1d2
   Workflow: fix-failing-test
     Status: failed (2, max-rounds)
@@ -428,6 +444,84 @@ Events:
   2026-11-20 10:36:22 UTC  queued  workflow=fix-failing-test
 "
         );
+    }
+
+    #[test]
+    fn events_say_who_wanted_what_and_how_a_worker_died() {
+        let by = r#""by":{"uid":0,"pid":4711,"comm":"nervectl"}"#;
+        let lost = r#""invocation":"0f3a","attempt":2,"cause""#;
+        for (kind, payload, text) in [
+            (
+                "worker-lost",
+                format!(r#"{{{lost}:"signal","signal":"SIGSEGV"}}"#),
+                "signal, SIGSEGV; attempt 2, invocation 0f3a",
+            ),
+            (
+                "worker-lost",
+                format!(r#"{{{lost}:"of-a-later-version"}}"#),
+                "unknown; attempt 2, invocation 0f3a",
+            ),
+            (
+                "abort-requested",
+                format!(r#"{{"reason":"too\nslow",{by}}}"#),
+                r"by uid 0 (nervectl, pid 4711): too\nslow",
+            ),
+            (
+                "kill-requested",
+                format!(r#"{{"reason":null,"graceUs":5000000,{by}}}"#),
+                "by uid 0 (nervectl, pid 4711), grace 5s",
+            ),
+            // As nerved of before wrote it.
+            (
+                "kill-requested",
+                r#"{"reason":"r","graceUs":0}"#.to_owned(),
+                "grace 0us: r",
+            ),
+            (
+                "ended",
+                r#"{"result":"killed"}"#.to_owned(),
+                "result=killed",
+            ),
+        ] {
+            assert_eq!(what(kind, &decode(&payload)), text);
+        }
+    }
+
+    #[test]
+    fn what_was_dropped_and_what_waits_says_why() {
+        let id: RunId = ended().run.parse().unwrap();
+        let refused = |detail: &str| Dropped {
+            result: "queue-full".to_owned(),
+            detail: detail.to_owned(),
+        };
+        assert_eq!(
+            dropped(id, &refused("all slots\nare taken")),
+            r"run 3fa9c1d2 dropped (75, queue-full): all slots\nare taken"
+        );
+        assert_eq!(
+            dropped(id, &refused("")),
+            "run 3fa9c1d2 dropped (75, queue-full)"
+        );
+        let mut status = ManagerStatus {
+            workflows: vec![WorkflowStatus {
+                name: "check-host".to_owned(),
+                ..WorkflowStatus::default()
+            }],
+            ..ManagerStatus::default()
+        };
+        assert_eq!(waits(&queued(), &status, NOW), None);
+        status.workflows[0].obstacle = Some("it is on fire".to_owned());
+        assert_eq!(
+            waits(&queued(), &status, NOW).as_deref(),
+            Some("it is on fire")
+        );
+        status.paused = Some(Pause {
+            since: CREATED,
+            by: r#"{"uid":0}"#.to_owned(),
+            reason: None,
+        });
+        let why = waits(&queued(), &status, NOW).unwrap();
+        assert!(why.starts_with("nerve is paused since "), "{why}");
     }
 
     #[test]
@@ -464,50 +558,6 @@ done\\u{202e}
 
 --- round 2: tester (error, exit-code:2), 2026-11-20 10:36:22 UTC
 stderr: 1 failed
-"
-        );
-    }
-
-    #[test]
-    fn status_lists_workflows_and_what_is_wrong_with_them() {
-        let workflow = |name: &str, error: Option<&str>| WorkflowStatus {
-            name: name.to_owned(),
-            worker: "absent".to_owned(),
-            concurrency: 1,
-            max_queue: 100,
-            error: error.map(str::to_owned),
-            path: format!("/etc/nerve/workflows/{name}.yaml"),
-            ..WorkflowStatus::default()
-        };
-        let ready = WorkflowStatus {
-            worker: "ready".to_owned(),
-            running: 1,
-            main_pid: Some(42),
-            ..workflow("a", None)
-        };
-        let answer = ManagerStatus {
-            version: "0.1.0".to_owned(),
-            running: 1,
-            queued: 0,
-            started_at: CREATED,
-            workflows: vec![
-                ready,
-                workflow(
-                    "broken",
-                    Some("/etc/nerve/workflows/broken.yaml:3:1: error: unknown key `x`\n"),
-                ),
-            ],
-        };
-        assert_eq!(
-            status(&answer, NOW),
-            "nerve 0.1.0, started 2026-11-20 10:36:22 UTC; 5min ago
-1 running, 0 queued
-
-WORKFLOW  WORKER  RUNNING  QUEUED  PID  DEFINITION
-a         ready       1/1   0/100   42  /etc/nerve/workflows/a.yaml
-broken    absent      0/1   0/100    -  /etc/nerve/workflows/broken.yaml (broken)
-
-/etc/nerve/workflows/broken.yaml:3:1: error: unknown key `x`
 "
         );
     }

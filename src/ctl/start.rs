@@ -3,22 +3,37 @@
 use std::io;
 
 use super::cli::Start;
+use super::text::line;
 use super::wait::{Interrupts, until_ended};
-use super::{Failure, Settings, input, note, print, render};
-use crate::bus::client::{Run, StartOptions};
+use super::{Failure, Settings, input, note, now, print, render};
+use crate::bus::client::{Client, Run, StartOptions, Started};
 use crate::bus::error::CallError;
 use crate::model::name::RunId;
 use crate::model::status::Status;
+
+/// Exit code of a run that was dropped.
+const DROPPED: u8 = 75;
 
 /// Starts a run, prints its id, and with `--wait` follows it to its end.
 pub(super) async fn start(settings: &Settings, arguments: &Start) -> Result<u8, Failure> {
     let workflow = input::workflow(&arguments.workflow)?;
     let prompt = input::prompt(arguments)?;
+    let key = input::key(arguments.key.as_deref())?;
+    let is_idempotent = key.is_some();
     let client = settings.connect().await?;
     let options = StartOptions {
         max_rounds: arguments.max_rounds,
+        key,
     };
-    let id = client.start(workflow.as_str(), &prompt, options).await.map_err(|error| match error {
+    let started = client.start(workflow.as_str(), &prompt, options).await;
+    let Started {
+        run: id,
+        dropped,
+        warning,
+    } = started.map_err(|error| match error {
+        CallError::Lost(cause) if is_idempotent => Failure::Unknown(format!(
+            "the answer is unknown: {cause}; starting it again with the same key does no harm"
+        )),
         CallError::Lost(cause) => Failure::Unknown(format!(
             "the answer is unknown: {cause}; look with `nervectl workflow list {workflow}` before you start it again"
         )),
@@ -31,14 +46,22 @@ pub(super) async fn start(settings: &Settings, arguments: &Start) -> Result<u8, 
         None
     };
     announce(id)?;
+    if let Some(warning) = warning {
+        note(&line(&warning));
+    }
+    if let Some(dropped) = dropped {
+        note(&render::dropped(id, &dropped));
+        return Ok(DROPPED);
+    }
     let Some(mut interrupts) = interrupts else {
-        // The run is durable; asking whether it was dropped on the spot is a courtesy that may fail.
-        return match client.run(&id.to_string()).await {
-            Ok(run) if run.status == Status::Dropped.as_str() => Ok(report(&run)),
-            _ => Ok(0),
-        };
+        explain(&client, id).await;
+        return Ok(0);
     };
-    match interrupts.or(until_ended(settings, client, id)).await {
+    let ended = async {
+        explain(&client, id).await;
+        until_ended(settings, client, id).await
+    };
+    match interrupts.or(ended).await {
         Ok(run) => Ok(report(&run?)),
         Err(status) => {
             let run = id.short();
@@ -48,6 +71,27 @@ pub(super) async fn start(settings: &Settings, arguments: &Start) -> Result<u8, 
             Err(Failure::Interrupted { status, text })
         }
     }
+}
+
+/// Says why the run does not start, when something is in its way. The run is durable: this is a courtesy that may fail.
+async fn explain(client: &Client, id: RunId) {
+    let Ok(run) = client.run(&id.to_string()).await else {
+        return;
+    };
+    if run.status == Status::Queued.as_str()
+        && let Some(why) = waits(client, &run).await
+    {
+        note(&format!("run {} waits: {why}", id.short()));
+    }
+}
+
+/// Why a run that has not ended is not executed, when something is in its way.
+pub(super) async fn waits(client: &Client, run: &Run) -> Option<String> {
+    if run.end().is_some() {
+        return None;
+    }
+    let status = client.status().await.ok()?;
+    render::waits(run, &status, now())
 }
 
 /// The id alone on stdout. That nobody listens there is no reason not to wait.

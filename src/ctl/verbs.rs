@@ -6,13 +6,17 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
 
-use super::cli::{Format, List, ListFormat, Logs, Show, Thread, Validate};
-use super::{Failure, Settings, input, is_terminal, json, note, now, print, render, text};
+use super::cli::{Format, List, ListFormat, Logs, Show, Status, Thread, Validate};
+use super::start::waits;
+use super::{
+    Failure, Settings, input, is_terminal, json, note, now, print, render, render_status, text,
+};
 use crate::bus::client::{ListFilter, Run};
 use crate::bus::error::CallError;
 use crate::config::definition::{self, Parsed};
 use crate::config::diagnostic::{Diagnostic, Severity};
 use crate::config::directory::{self, Found, Trust};
+use crate::config::settings;
 use crate::model::name::{RunId, WorkflowName};
 
 /// `nervectl workflow list`
@@ -45,10 +49,12 @@ pub(super) async fn list(settings: &Settings, arguments: &List) -> Result<u8, Fa
 /// `nervectl workflow show`
 pub(super) async fn show(settings: &Settings, arguments: &Show) -> Result<u8, Failure> {
     let tail = input::run(&arguments.run)?;
-    let run = settings.connect().await?.run(&tail).await?;
+    let client = settings.connect().await?;
+    let run = client.run(&tail).await?;
+    let waits = waits(&client, &run).await;
     match arguments.output {
-        Format::Json => print(&json::show(&run))?,
-        Format::Text => print(&render::show(&run, now()))?,
+        Format::Json => print(&json::show(&run, waits))?,
+        Format::Text => print(&render::show(&run, waits, now()))?,
     }
     Ok(0)
 }
@@ -69,9 +75,12 @@ pub(super) async fn thread(settings: &Settings, arguments: &Thread) -> Result<u8
 }
 
 /// `nervectl status`
-pub(super) async fn status(settings: &Settings) -> Result<u8, Failure> {
+pub(super) async fn status(settings: &Settings, arguments: &Status) -> Result<u8, Failure> {
     let status = settings.connect().await?.status().await?;
-    print(&render::status(&status, now()))?;
+    match arguments.output {
+        Format::Json => print(&json::status(&status))?,
+        Format::Text => print(&render_status::status(&status, now()))?,
+    }
     Ok(0)
 }
 
@@ -152,6 +161,7 @@ impl Verdict {
             // As nerved reads them: what it would not trust is wrong.
             let loaded = directory::load(&settings.definitions, Trust::RootOwned);
             verdict.add(&loaded.diagnostics);
+            verdict.add(&settings::load(&settings.engine, Trust::RootOwned).diagnostics);
             loaded
                 .definitions
                 .values()

@@ -1,14 +1,14 @@
-//! Ends. Every end of a run that a worker ever had goes through an empty cgroup, and a kill that was accepted before
-//! the end was committed wins.
+//! Ends. Every end of a run that a worker ever had goes through an empty cgroup; an abort that was accepted before
+//! the end was committed wins, and a kill wins over both.
 
 use super::admission::micros;
-use super::{Action, Answer, Cgroup, Engine, Held, LinkId, Order, Ticket, UnitState};
+use super::{Action, Answer, Cgroup, Engine, Held, LinkId, Order, Ticket, Touched, UnitState};
 use crate::model::limits;
 use crate::model::message::Message;
 use crate::model::moderator::{self, Next};
-use crate::model::name::{RunId, WorkflowName};
-use crate::model::run::{Illegal, KillRequest, RunEvent};
-use crate::model::status::{RunResult, Status};
+use crate::model::name::RunId;
+use crate::model::run::{AbortRequest, Illegal, KillRequest, RunEvent};
+use crate::model::status::RunResult;
 
 impl Engine {
     /// Accepts a kill. A repeated one counts anew, so that somebody who is in a hurry can shorten the grace.
@@ -17,31 +17,68 @@ impl Engine {
         ticket: Ticket,
         id: RunId,
         request: KillRequest,
-    ) -> Result<Option<WorkflowName>, Illegal> {
+    ) -> Result<Touched, Illegal> {
         let Some(open) = self.open.get(&id) else {
             self.answer(ticket, Answer::NotOpen);
-            return Ok(None);
+            return Ok(Touched::Nothing);
         };
-        let workflow = open.run.workflow.clone();
-        let is_queued = open.run.status() == Status::Queued;
+        let name = open.run.workflow.clone();
         let is_placed = open.place().is_some();
-        let order = open.order;
         let grace_us = request.grace_us;
         self.record(id, RunEvent::KillRequested(request))?;
         self.answer(ticket, Answer::Done);
         if is_placed {
             self.start_kill(id, grace_us);
         } else {
-            if is_queued {
-                self.workflow(&workflow).queue.remove(&order);
-            }
             self.finish(id)?;
         }
-        Ok(Some(workflow))
+        Ok(Touched::Workflow(name))
+    }
+
+    /// Accepts an abort: the end of the run at the next round boundary, and at once when no worker has it.
+    pub(super) fn abort(
+        &mut self,
+        ticket: Ticket,
+        id: RunId,
+        request: AbortRequest,
+    ) -> Result<Touched, Illegal> {
+        let asked = self.open.get(&id).map(|open| open.run.asked().is_some());
+        if asked != Some(false) {
+            let answer = asked.map_or(Answer::NotOpen, |_| Answer::Ending);
+            self.answer(ticket, answer);
+            return Ok(Touched::Nothing);
+        }
+        let reason = request.reason.clone();
+        self.record(id, RunEvent::AbortRequested(request))?;
+        self.answer(ticket, Answer::Done);
+        let Some(open) = self.open.get(&id) else {
+            return Ok(Touched::Nothing);
+        };
+        let (name, held) = (open.run.workflow.clone(), open.held);
+        let link = self.workflow(&name).worker.link();
+        match (held, link) {
+            (Held::Works, Some(link)) => self.tell(link, Order::AbortThread { run: id, reason }),
+            _ => self.end_aborted(id)?,
+        }
+        Ok(Touched::Workflow(name))
+    }
+
+    /// Ends an aborted run that no worker has, or that has come to a boundary. One whose worker is only not connected
+    /// waits for it.
+    fn end_aborted(&mut self, id: RunId) -> Result<(), Illegal> {
+        let Some(open) = self.open.get(&id).filter(|open| open.is_nowhere()) else {
+            return Ok(());
+        };
+        if open.place().is_none() || open.cgroup == Cgroup::Empty {
+            self.finish(id)
+        } else {
+            self.empty(id);
+            Ok(())
+        }
     }
 
     /// Begins the kill ladder: the worker first, nerved when it has not confirmed in time; nerved at once when there
-    /// is no worker.
+    /// is no worker that has it.
     pub(super) fn start_kill(&mut self, id: RunId, grace_us: u64) {
         let Some(open) = self.open.get_mut(&id) else {
             return;
@@ -52,14 +89,13 @@ impl Engine {
                 .saturating_add(grace_us)
                 .saturating_add(micros(limits::KILL_CONFIRM)),
         );
-        let held = open.held != Held::No;
+        let (is_held, is_nowhere) = (open.is_held(), open.is_nowhere());
         let name = open.run.workflow.clone();
         let worker = &self.workflow(&name).worker;
-        match worker.link_id() {
-            Some(link) if held => self.tell(link, Order::KillThread { run: id, grace_us }),
-            _ if matches!(worker.unit, Some(UnitState::Absent | UnitState::Failed)) => {
-                self.empty(id)
-            }
+        let is_gone = matches!(worker.unit, Some(UnitState::Absent | UnitState::Failed));
+        match worker.link() {
+            Some(link) if is_held => self.tell(link, Order::KillThread { run: id, grace_us }),
+            _ if is_nowhere || is_gone => self.empty(id),
             _ => {}
         }
     }
@@ -78,7 +114,8 @@ impl Engine {
         }
     }
 
-    /// The run will end so once its cgroup is empty.
+    /// The run will end so once its cgroup is empty. A worker that has it must begin no other round meanwhile, and so is
+    /// told first.
     pub(super) fn end(
         &mut self,
         id: RunId,
@@ -88,46 +125,53 @@ impl Engine {
         let Some(open) = self.open.get_mut(&id) else {
             return Ok(());
         };
-        open.ending.get_or_insert((result, detail));
+        open.ending
+            .get_or_insert_with(|| Box::new((result, detail)));
         if open.place().is_some() {
-            self.empty(id);
+            self.start_kill(id, 0);
             Ok(())
         } else {
             self.finish(id)
         }
     }
 
-    pub(super) fn emptied(&mut self, id: RunId) -> Result<Option<WorkflowName>, Illegal> {
+    pub(super) fn emptied(&mut self, id: RunId) -> Result<Touched, Illegal> {
         let Some(open) = self.open.get_mut(&id) else {
-            return Ok(None);
+            return Ok(Touched::Nothing);
         };
+        // What was dispatched again since then may have processes again.
+        if open.cgroup != Cgroup::Emptying {
+            return Ok(Touched::Nothing);
+        }
         open.cgroup = Cgroup::Empty;
-        let workflow = open.run.workflow.clone();
-        if open.is_finishing() {
+        let name = open.run.workflow.clone();
+        if open.is_finishing() || open.run.is_aborting() {
             self.finish(id)?;
         }
-        Ok(Some(workflow))
+        Ok(Touched::Workflow(name))
     }
 
     /// The end itself. No process of the run is left.
-    fn finish(&mut self, id: RunId) -> Result<(), Illegal> {
+    pub(super) fn finish(&mut self, id: RunId) -> Result<(), Illegal> {
         let Some(open) = self.open.get(&id) else {
             return Ok(());
         };
-        let (result, detail) = match &open.ending {
-            _ if open.run.is_killing() => (RunResult::Killed, None),
-            Some((result, detail)) => (result.clone(), detail.clone()),
-            None => return Ok(()),
+        let (result, detail) = match (open.run.asked(), &open.ending) {
+            (Some(asked), _) => (asked, None),
+            (None, Some(ending)) => (**ending).clone(),
+            (None, None) => return Ok(()),
         };
         let (name, order, held) = (open.run.workflow.clone(), open.order, open.held);
         self.record(id, RunEvent::Ended { result, detail })?;
         self.open.remove(&id);
         let workflow = self.workflow(&name);
         workflow.live.remove(&order);
-        if let Some(link) = workflow.worker.link_id().filter(|_| held != Held::No) {
+        workflow.queue.remove(&order);
+        if let Some(link) = workflow.worker.link() {
             match held {
                 Held::Reported => self.tell(link, Order::EventAck { run: id }),
-                Held::Works | Held::No => self.disown(link, id),
+                Held::Works => self.disown(link, id),
+                Held::No => {}
             }
         }
         Ok(())
@@ -139,23 +183,29 @@ impl Engine {
         id: RunId,
         round: u32,
         message: Message,
-    ) -> Result<Option<WorkflowName>, Illegal> {
+    ) -> Result<Touched, Illegal> {
         let Some(open) = self.held(link, id) else {
-            return Ok(None);
+            self.disown(link, id);
+            return Ok(Touched::Nothing);
         };
-        if open.is_finishing() {
-            return Ok(None);
+        if open.is_finishing() || open.held == Held::Reported {
+            return Ok(Touched::Nothing);
         }
-        let done = open.run.position.rounds;
+        let done = open.run.position().rounds;
+        if round == done && open.run.is_aborting() {
+            // It was at a boundary when the connection broke, and waits for the acknowledgement.
+            self.start_kill(id, 0);
+            return Ok(Touched::Nothing);
+        }
         if round <= done {
             self.tell(link, Order::MessageAck { run: id, round });
-            return Ok(None);
+            return Ok(Touched::Nothing);
         }
         let expected = open.definition.as_ref().map(|definition| {
             moderator::next(
                 &definition.workflow,
                 open.run.round_limit(),
-                &open.run.position,
+                open.run.position(),
             )
         });
         let speaks = matches!(&expected, Some(Next::Role(role)) if role.as_str() == message.role);
@@ -165,11 +215,22 @@ impl Engine {
                 message.role
             );
             self.act(Action::Refuse { link, error });
-            return Ok(None);
+            return Ok(Touched::Nothing);
         }
+        let name = open.run.workflow.clone();
+        let (is_aborting, was_suspect) = (open.run.is_aborting(), open.is_suspect());
         self.record(id, RunEvent::ThreadWorkflowMessage { round, message })?;
-        self.tell(link, Order::MessageAck { run: id, round });
-        Ok(None)
+        if is_aborting {
+            // Not acknowledged: the next round must not begin.
+            self.start_kill(id, 0);
+        } else {
+            self.tell(link, Order::MessageAck { run: id, round });
+        }
+        Ok(if was_suspect {
+            Touched::Workflow(name)
+        } else {
+            Touched::Nothing
+        })
     }
 
     pub(super) fn worker_ended(
@@ -178,34 +239,36 @@ impl Engine {
         id: RunId,
         result: RunResult,
         is_empty: bool,
-    ) -> Result<Option<WorkflowName>, Illegal> {
+    ) -> Result<Touched, Illegal> {
         let Some(open) = self.held(link, id) else {
-            return Ok(None);
+            // Nothing to kill: a worker that is told to, and has no such run, would report its end again.
+            self.tell(link, Order::EventAck { run: id });
+            return Ok(Touched::Nothing);
         };
         let name = open.run.workflow.clone();
-        if !open.run.is_killing() {
+        if open.run.asked().is_none() {
             let moderated = open.definition.as_ref().is_some_and(|definition| {
                 let workflow = &definition.workflow;
-                let next = moderator::next(workflow, open.run.round_limit(), &open.run.position);
+                let next = moderator::next(workflow, open.run.round_limit(), open.run.position());
                 next == Next::End(result.clone())
                     || result == RunResult::Timeout && workflow.timeout.is_some()
             });
             if !moderated && open.ending.is_none() {
                 let error = format!("run {id} does not end {result} here");
                 self.act(Action::Refuse { link, error });
-                return Ok(None);
+                return Ok(Touched::Nothing);
             }
         }
         if let Some(open) = self.open.get_mut(&id) {
             open.held = Held::Reported;
-            open.ending.get_or_insert((result, None));
+            open.ending.get_or_insert_with(|| Box::new((result, None)));
         }
         if is_empty {
             self.finish(id)?;
         } else {
             self.empty(id);
         }
-        Ok(Some(name))
+        Ok(Touched::Workflow(name))
     }
 
     /// Has a worker end a run that is not its own, or no longer, and forget it.
@@ -214,27 +277,23 @@ impl Engine {
         self.tell(link, Order::EventAck { run });
     }
 
-    /// The run, if this link's worker has it. A worker that speaks of another run is told to forget it.
-    fn held(&mut self, link: LinkId, id: RunId) -> Option<&super::Open> {
-        let holds = self.open.get(&id).is_some_and(|open| {
-            let worker = self
-                .workflows
-                .get(&open.run.workflow)
-                .map(|workflow| &workflow.worker);
-            open.held != Held::No && worker.and_then(super::worker::Worker::link_id) == Some(link)
-        });
-        if !holds {
-            self.disown(link, id);
-            return None;
-        }
-        self.open.get(&id)
+    /// The run, if this link's worker has it.
+    fn held(&self, link: LinkId, id: RunId) -> Option<&super::Open> {
+        self.open.get(&id).filter(|open| {
+            let workflow = self.workflows.get(&open.run.workflow);
+            open.is_held() && workflow.and_then(|workflow| workflow.worker.link()) == Some(link)
+        })
     }
 
     pub(super) fn deadlines(&mut self) -> Result<(), Illegal> {
         let now = self.now.boot_us;
         let due = |at: Option<u64>| at.is_some_and(|at| at <= now);
+        if due(self.going_down_until) {
+            self.going_down_until = None;
+        }
         let names: Vec<_> = self.workflows.keys().cloned().collect();
         for name in names {
+            self.end_drain(&name);
             for id in self.live(&name) {
                 let Some(open) = self.open.get_mut(&id) else {
                     continue;
@@ -247,7 +306,7 @@ impl Engine {
                     self.empty(id);
                 }
             }
-            self.shut_down_if_idle(&name);
+            self.worker_deadlines(&name);
         }
         Ok(())
     }

@@ -4,183 +4,54 @@
 //! [`Turn`] and only then performs its actions. When a commit fails the engine is thrown away with the process: what
 //! it staged was seen by nobody. A simulation can do the same with a model of the world instead of a world.
 //!
-//! - `admission`: starts, the queue, slots
-//! - `worker`: units, links, dispatch, deaths, idleness
-//! - `ending`: ends, kills, time-outs: everything that goes through an empty cgroup
+//! - `input`, `turn`: what goes in and what comes out
+//! - `admission`: starts, the queue, slots, the pause
+//! - `unit`: a worker unit, as systemd and the engine know it
+//! - `worker`: units and links: who is there
+//! - `death`: who died, and what that means
+//! - `dispatch`: which runs a worker is sent, and whether there has to be one
+//! - `drain`: workers that are to be replaced, definitions that change
+//! - `ending`: ends, kills, aborts, time-outs: everything that goes through an empty cgroup
 //! - `recovery`: the engine that a store's open runs add up to
 
 mod admission;
+mod death;
+mod dispatch;
+mod drain;
 mod ending;
+mod input;
 mod recovery;
 #[cfg(test)]
 mod tests;
+mod turn;
+mod unit;
 mod worker;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use crate::model::message::Message;
 use crate::model::name::{RunId, WorkflowName};
-use crate::model::run::{Accepted, BootInstant, Illegal, KillRequest, Place, Run, RunEvent};
+use crate::model::run::{BootInstant, Illegal, Place, Run, RunEvent, Started};
 use crate::model::status::RunResult;
-use crate::model::workflow::{Definition, WorkerSettings};
+use crate::model::worker::{ManagerEvent, Pause, WorkerEvent, WorkerRecord};
+use crate::model::workflow::Definition;
+use unit::Peer;
 
+pub use input::{Input, Known, LinkId, Now, ReadId, Ticket};
 pub use recovery::Recovered;
-pub use worker::{Unit, UnitState};
-
-/// When an input arrived.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Now {
-    /// µs since the epoch: for people.
-    pub wall_us: u64,
-    /// µs of CLOCK_BOOTTIME: for deadlines.
-    pub boot_us: u64,
-}
-
-/// Stands for a client that waits for an [`Answer`].
-pub type Ticket = u64;
-/// Stands for one connection of a worker; never used twice.
-pub type LinkId = u64;
-
-/// Something that happened.
-#[derive(Debug, Clone)]
-pub enum Input {
-    /// A client wants a run.
-    Start {
-        ticket: Ticket,
-        run: RunId,
-        accepted: Accepted,
-    },
-    /// A client wants a run dead.
-    Kill {
-        ticket: Ticket,
-        run: RunId,
-        request: KillRequest,
-    },
-    /// A worker that has been identified said `ready`.
-    Ready {
-        link: LinkId,
-        workflow: WorkflowName,
-        place: Place,
-        held: Vec<RunId>,
-    },
-    /// A worker finished a round.
-    Message {
-        link: LinkId,
-        run: RunId,
-        round: u32,
-        message: Message,
-    },
-    /// A worker finished a run; `is_empty`: its cgroup was seen to be empty.
-    Ended {
-        link: LinkId,
-        run: RunId,
-        result: RunResult,
-        is_empty: bool,
-    },
-    /// A worker's connection is gone.
-    LinkLost { link: LinkId },
-    /// What systemd says of a worker unit.
-    Unit { workflow: WorkflowName, unit: Unit },
-    /// All worker units that systemd has; those that are not named do not exist.
-    Units(BTreeMap<WorkflowName, Unit>),
-    /// systemd took the job to start a worker unit, or nobody knows: what it says of the unit counts again.
-    StartTaken { workflow: WorkflowName },
-    /// systemd refused to start a worker unit.
-    StartRefused {
-        workflow: WorkflowName,
-        error: String,
-    },
-    /// No process is left in the run's cgroup.
-    Emptied { run: RunId },
-    /// [`Engine::deadline`] has passed.
-    Deadline,
-}
-
-/// Something to do, once the turn is committed. Doing it twice is harmless.
-#[derive(Debug, Clone)]
-pub enum Action {
-    /// Tell a client.
-    Answer { ticket: Ticket, answer: Answer },
-    /// Start the worker unit.
-    StartUnit {
-        workflow: WorkflowName,
-        settings: WorkerSettings,
-    },
-    /// Send a run to a worker: with its thread when it is resumed.
-    Dispatch { link: LinkId, dispatch: Dispatch },
-    /// Send a worker one order.
-    Tell { link: LinkId, order: Order },
-    /// Close a worker's connection, saying why.
-    Refuse { link: LinkId, error: String },
-    /// Kill what is left in this cgroup and report [`Input::Emptied`] once it is empty.
-    Empty { run: RunId, cgroup: String },
-}
-
-/// What a client is told.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Answer {
-    /// The run exists, or the kill is in force.
-    Done,
-    /// No such workflow.
-    UnknownWorkflow,
-    /// The workflow's definition cannot be used; why.
-    BadDefinition(String),
-    /// The run is not open: it has ended, or never was.
-    NotOpen,
-    /// The disk is full and nothing was stored. Said by the driver, never by the engine.
-    NoSpace,
-}
-
-/// An order to a worker.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Order {
-    Welcome,
-    KillThread { run: RunId, grace_us: u64 },
-    MessageAck { run: RunId, round: u32 },
-    EventAck { run: RunId },
-    Shutdown,
-}
-
-/// A run on its way to a worker.
-#[derive(Debug, Clone)]
-pub struct Dispatch {
-    pub run: RunId,
-    pub attempt: u32,
-    /// Rounds that are done already.
-    pub rounds: u32,
-    pub max_rounds: u32,
-    pub dry_run: bool,
-    pub trigger: serde_json::Value,
-    /// What is left of the run's time-out.
-    pub timeout_us: Option<u64>,
-    pub definition: Arc<Definition>,
-}
-
-/// What a turn adds up to.
-#[derive(Debug, Default)]
-pub struct Turn {
-    /// To be committed, in this order, together with the runs.
-    pub events: Vec<Staged>,
-    /// Every run that changed, as it now is.
-    pub runs: BTreeMap<RunId, Run>,
-    /// To be performed after the commit, in this order.
-    pub actions: Vec<Action>,
-}
-
-/// An event to be committed.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Staged {
-    pub run: RunId,
-    pub event: RunEvent,
-    pub at: u64,
-}
+pub use turn::{Action, Answer, Dispatch, Event, Order, Staged, Turn};
+pub use unit::{Stop, Unit, UnitState};
 
 /// How a workflow stands, for people.
 #[derive(Debug, Clone)]
 pub struct WorkflowStatus {
     pub name: WorkflowName,
+    /// One word for its worker.
     pub worker: &'static str,
+    /// The worker's invocation, if it has one.
+    pub invocation: Option<String>,
+    /// Why nothing is started, and what to do about it; since when, in µs since the epoch.
+    pub obstacle: Option<(Option<u64>, String)>,
     pub running: usize,
     pub queued: usize,
     /// The definition in force and what is wrong with the newest one.
@@ -196,20 +67,44 @@ pub struct Engine {
     workflows: BTreeMap<WorkflowName, Workflow>,
     open: HashMap<RunId, Open>,
     links: HashMap<LinkId, WorkflowName>,
+    max_active: Option<u32>,
+    pause: Option<Pause>,
+    /// systemd has said which units there are; before that nobody knows what a worker was started with.
+    units_known: bool,
+    /// nerve or the machine goes down: until then nothing is started.
+    going_down_until: Option<u64>,
     /// Order of acceptance of the next run.
     next_order: u64,
+    /// Starts of this step that are to be answered once it is clear what became of them.
+    unanswered: Vec<(Ticket, RunId)>,
+    /// Keys of this turn's starts: the store does not know them yet.
+    keys: HashMap<(WorkflowName, String), RunId>,
     turn: Turn,
 }
 
 #[derive(Debug, Default)]
 struct Workflow {
-    definition: Option<Arc<Definition>>,
-    fault: Option<String>,
+    /// Without a definition and without a fault it has been removed, or never was.
+    known: Known,
     /// By order of acceptance.
     queue: BTreeMap<u64, RunId>,
     /// Runs that have a slot, by order of acceptance.
     live: BTreeMap<u64, RunId>,
-    worker: worker::Worker,
+    worker: unit::Worker,
+    record: WorkerRecord,
+}
+
+impl Workflow {
+    fn exists(&self) -> bool {
+        self.known.definition.is_some() || self.known.fault.is_some()
+    }
+}
+
+/// What an input may have changed.
+enum Touched {
+    Nothing,
+    Workflow(WorkflowName),
+    Everything,
 }
 
 /// A run that has not ended.
@@ -224,7 +119,7 @@ struct Open {
     /// What is known of its cgroup.
     cgroup: Cgroup,
     /// How it ends, as soon as its cgroup is empty.
-    ending: Option<(RunResult, Option<String>)>,
+    ending: Option<Box<(RunResult, Option<String>)>>,
     /// When nerved kills the cgroup itself.
     kill_at: Option<u64>,
     /// When nerved enforces the run's time-out.
@@ -274,6 +169,23 @@ impl Open {
     fn is_finishing(&self) -> bool {
         self.ending.is_some() || self.run.is_killing()
     }
+
+    /// It is with this invocation, as far as anybody knows.
+    fn is_with(&self, invocation: &str) -> bool {
+        self.run.started().is_some_and(|started| {
+            !started.is_lost
+                && started
+                    .place
+                    .as_ref()
+                    .is_some_and(|place| place.invocation == invocation)
+        })
+    }
+
+    /// No worker has it, and none that had it can still come back.
+    fn is_nowhere(&self) -> bool {
+        let is_lost = |started: &Started| started.place.is_none() || started.is_lost;
+        self.held == Held::No && self.run.started().is_none_or(is_lost)
+    }
 }
 
 impl Engine {
@@ -283,120 +195,202 @@ impl Engine {
     /// [`Illegal`] when the input asks for a transition that its run does not allow; nothing of that is staged.
     pub fn step(&mut self, input: Input, now: Now) -> Result<(), Illegal> {
         self.now = now;
-        let touched = match input {
+        let touched = self.take(input)?;
+        match touched {
+            Touched::Nothing => {}
+            Touched::Workflow(workflow) => self.settle(&workflow)?,
+            Touched::Everything => self.settle_all()?,
+        }
+        for (ticket, run) in std::mem::take(&mut self.unanswered) {
+            let answer = self.started(run);
+            self.answer(ticket, answer);
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, input: Input) -> Result<Touched, Illegal> {
+        match input {
             Input::Start {
                 ticket,
                 run,
                 accepted,
-            } => Some(self.start(ticket, run, &accepted)),
+                existing,
+            } => Ok(self.start(ticket, run, accepted, existing)),
             Input::Kill {
                 ticket,
                 run,
                 request,
-            } => self.kill(ticket, run, request)?,
+            } => self.kill(ticket, run, request),
+            Input::Abort {
+                ticket,
+                run,
+                request,
+            } => self.abort(ticket, run, request),
+            Input::Drain {
+                ticket,
+                workflow,
+                timeout_us,
+                by,
+            } => Ok(self.drain(ticket, workflow, timeout_us, by)),
+            Input::Reset {
+                ticket,
+                workflow,
+                by,
+            } => Ok(self.reset(ticket, workflow, by)),
+            Input::Pause { ticket, reason, by } => {
+                Ok(self.set_pause(ticket, ManagerEvent::Paused { reason, by }))
+            }
+            Input::Resume { ticket, by } => {
+                Ok(self.set_pause(ticket, ManagerEvent::Resumed { by }))
+            }
+            Input::Definitions {
+                workflows,
+                max_active,
+            } => self.definitions(workflows, max_active),
             Input::Ready {
                 link,
                 workflow,
                 place,
+                read,
+                settings,
                 held,
             } => {
-                self.ready(link, &workflow, &place, &held)?;
-                Some(workflow)
+                let peer = Peer {
+                    link,
+                    place,
+                    read,
+                    settings,
+                    held,
+                };
+                self.ready(&workflow, peer);
+                Ok(Touched::Workflow(workflow))
             }
             Input::Message {
                 link,
                 run,
                 round,
                 message,
-            } => self.message(link, run, round, message)?,
+            } => self.message(link, run, round, message),
             Input::Ended {
                 link,
                 run,
                 result,
                 is_empty,
-            } => self.worker_ended(link, run, result, is_empty)?,
-            Input::LinkLost { link } => self.link_lost(link),
+            } => self.worker_ended(link, run, result, is_empty),
+            Input::LinkLost { link } => Ok(self.link_lost(link)),
             Input::Unit { workflow, unit } => {
                 self.unit(&workflow, &unit)?;
-                Some(workflow)
+                Ok(Touched::Workflow(workflow))
             }
-            Input::Units(units) => {
-                self.units(&units)?;
-                None
+            Input::Units { units, read } => {
+                self.units(&units, read)?;
+                Ok(Touched::Everything)
             }
-            Input::StartTaken { workflow } => {
-                self.workflow(&workflow).worker.start_pending = false;
-                Some(workflow)
+            Input::BusLost => {
+                for workflow in self.workflows.values_mut() {
+                    workflow.worker.forget_unit();
+                }
+                Ok(Touched::Nothing)
+            }
+            Input::StartTaken { workflow, read } => {
+                self.start_taken(&workflow, read);
+                Ok(Touched::Workflow(workflow))
             }
             Input::StartRefused { workflow, error } => {
                 self.start_refused(&workflow, &error)?;
-                Some(workflow)
+                Ok(Touched::Workflow(workflow))
             }
-            Input::Emptied { run } => self.emptied(run)?,
+            Input::StartFailed { workflow } => {
+                self.start_failed(&workflow);
+                Ok(Touched::Nothing)
+            }
+            Input::Emptied { run } => self.emptied(run),
             Input::Deadline => {
                 self.deadlines()?;
-                None
+                Ok(Touched::Everything)
             }
-        };
-        match touched {
-            Some(workflow) => self.settle(&workflow),
-            None => self.settle_all(),
         }
     }
 
     /// What the inputs since the last call add up to.
     pub fn take_turn(&mut self) -> Turn {
+        self.keys.clear();
         std::mem::take(&mut self.turn)
     }
 
     /// When [`Input::Deadline`] is wanted next, in µs of CLOCK_BOOTTIME.
     #[must_use]
     pub fn deadline(&self) -> Option<u64> {
-        let live = self
-            .workflows
-            .values()
-            .flat_map(|workflow| workflow.live.values());
-        let of_runs = live.filter_map(|id| {
-            let open = self.open.get(id)?;
-            [open.kill_at, open.timeout_at].into_iter().flatten().min()
+        let of_runs = |workflow: &Workflow| {
+            let of_run = |id| {
+                let open: &Open = self.open.get(id)?;
+                [open.kill_at, open.timeout_at].into_iter().flatten().min()
+            };
+            workflow.live.values().filter_map(of_run).min()
+        };
+        let all = self.workflows.values().flat_map(|workflow| {
+            let drain_at = self.drain_until(workflow);
+            [of_runs(workflow), workflow.worker.deadline(), drain_at]
         });
-        let of_workers = self
-            .workflows
-            .values()
-            .filter_map(|workflow| workflow.worker.shutdown_at());
-        of_runs.chain(of_workers).min()
+        all.chain([self.going_down_until]).flatten().min()
     }
 
-    /// How every workflow stands.
+    /// Most runs at a time over all workflows.
+    #[must_use]
+    pub fn max_active(&self) -> Option<u32> {
+        self.max_active
+    }
+
+    /// The pause, if there is one.
+    #[must_use]
+    pub fn pause(&self) -> Option<&Pause> {
+        self.pause.as_ref()
+    }
+
+    /// How every workflow stands that has a file, or something left to do.
     #[must_use]
     pub fn status(&self) -> Vec<WorkflowStatus> {
         let status = |(name, workflow): (&WorkflowName, &Workflow)| WorkflowStatus {
             name: name.clone(),
-            worker: workflow.worker.word(),
+            worker: workflow.word(),
+            invocation: workflow.worker.invocation().map(ToOwned::to_owned),
+            obstacle: workflow.obstacle(name),
             running: workflow.live.len(),
             queued: workflow.queue.len(),
-            definition: workflow.definition.clone(),
-            fault: workflow.fault.clone(),
+            definition: workflow.known.definition.clone(),
+            fault: workflow.known.fault.clone(),
         };
-        self.workflows.iter().map(status).collect()
+        let matters = |(_, workflow): &(&WorkflowName, &Workflow)| {
+            workflow.exists() || !workflow.live.is_empty() || workflow.worker.invocation().is_some()
+        };
+        self.workflows.iter().filter(matters).map(status).collect()
     }
 
     /// Runs that have a slot, and runs that wait.
     #[must_use]
     pub fn counts(&self) -> (usize, usize) {
-        let running: usize = self
-            .workflows
+        let running = self.running();
+        (running, self.open.len() - running)
+    }
+
+    fn running(&self) -> usize {
+        self.workflows
             .values()
             .map(|workflow| workflow.live.len())
-            .sum();
-        (running, self.open.len() - running)
+            .sum()
     }
 
     /// Brings a workflow to rest: fills its slots, sends its runs to its worker, sees that there is one.
     fn settle(&mut self, name: &WorkflowName) -> Result<(), Illegal> {
         self.admit(name)?;
+        self.settle_worker(name)
+    }
+
+    fn settle_worker(&mut self, name: &WorkflowName) -> Result<(), Illegal> {
         self.dispatch(name)?;
-        self.ensure_worker(name)
+        self.retire(name);
+        self.ensure_worker(name);
+        Ok(())
     }
 
     fn settle_all(&mut self) -> Result<(), Illegal> {
@@ -412,8 +406,22 @@ impl Engine {
         let at = self.now.wall_us;
         open.run = open.run.after(&event, at)?;
         self.turn.runs.insert(id, open.run.clone());
-        self.turn.events.push(Staged { run: id, event, at });
+        self.turn.events.push(Staged {
+            event: Event::Run(id, event),
+            at,
+        });
         Ok(())
+    }
+
+    /// Stages an event of a workflow's worker.
+    fn note(&mut self, name: &WorkflowName, event: WorkerEvent) {
+        let at = self.now.wall_us;
+        let workflow = self.workflow(name);
+        workflow.record = workflow.record.after(&event, at);
+        let record = workflow.record.clone();
+        self.turn.workers.insert(name.clone(), record);
+        let event = Event::Worker(name.clone(), event);
+        self.turn.events.push(Staged { event, at });
     }
 
     fn act(&mut self, action: Action) {

@@ -1,403 +1,310 @@
-//! Workers: their units, their links, what they are sent, and what their death means for the runs they had.
+//! Units and links: who is there.
 //!
 //! A unit is known by what systemd says of it; a worker is ready when its link says so. A run belongs to the
-//! invocation it was dispatched to: when another invocation is ready, the first one is dead.
+//! invocation it was dispatched to. An invocation is gone when systemd says so, or when another one is there: of two
+//! answers of systemd the newer one counts, so that nothing is believed that is late.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::admission::micros;
-use super::{Action, Cgroup, Dispatch, Engine, Held, LinkId, Order};
-use crate::model::exit::Exit;
+use super::unit::{Current, Patience, Peer};
+use super::{Action, Engine, Held, LinkId, Order, ReadId, Stop, Touched, Unit, UnitState};
 use crate::model::limits;
 use crate::model::name::{RunId, WorkflowName};
-use crate::model::run::{Illegal, Place, RunEvent};
-use crate::model::status::RunResult;
-
-/// A worker unit, as systemd describes it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Unit {
-    /// Where it stands.
-    pub state: UnitState,
-    /// How its last main process ended, if one did.
-    pub exit: Option<Exit>,
-    /// systemd's own words for people.
-    pub detail: String,
-}
-
-/// Where a unit stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum UnitState {
-    /// Not loaded, or stopped.
-    Absent,
-    /// On its way up, or about to be restarted.
-    Starting,
-    /// Up.
-    Active,
-    /// On its way down.
-    Stopping,
-    /// systemd gave up.
-    Failed,
-}
-
-/// What the engine knows of a workflow's worker.
-#[derive(Debug, Default)]
-pub(super) struct Worker {
-    /// `None`: systemd has not been asked yet.
-    pub(super) unit: Option<UnitState>,
-    link: Option<Link>,
-    last_exit: Option<Exit>,
-    /// Since when it has nothing to do, in µs of CLOCK_BOOTTIME.
-    idle_since: Option<u64>,
-    told_to_stop: bool,
-    /// systemd was asked to start the unit and has not answered: that there is none is no news.
-    pub(super) start_pending: bool,
-    /// Starts since the last `ready`.
-    barren_starts: u32,
-}
-
-#[derive(Debug)]
-struct Link {
-    id: LinkId,
-    place: Place,
-}
-
-impl Worker {
-    pub(super) fn link_id(&self) -> Option<LinkId> {
-        self.link.as_ref().map(|link| link.id)
-    }
-
-    pub(super) fn shutdown_at(&self) -> Option<u64> {
-        Some(self.idle_since?.saturating_add(micros(limits::WORKER_IDLE)))
-    }
-
-    pub(super) fn word(&self) -> &'static str {
-        match (&self.link, self.unit) {
-            _ if self.told_to_stop => "stopping",
-            (Some(_), _) => "ready",
-            (None, None) => "unknown",
-            (None, Some(UnitState::Absent)) => "absent",
-            (None, Some(UnitState::Starting | UnitState::Active)) => "starting",
-            (None, Some(UnitState::Stopping)) => "stopping",
-            (None, Some(UnitState::Failed)) => "failed",
-        }
-    }
-}
+use crate::model::run::{Illegal, Place};
+use crate::model::worker::WorkerEvent;
 
 impl Engine {
     /// A worker is there. Brings together the runs it has and the runs it should have.
-    pub(super) fn ready(
-        &mut self,
-        link: LinkId,
-        name: &WorkflowName,
-        place: &Place,
-        held: &[RunId],
-    ) -> Result<(), Illegal> {
-        let worker = &mut self.workflow(name).worker;
-        let old = worker.link.replace(Link {
-            id: link,
-            place: place.clone(),
-        });
-        worker.unit = Some(UnitState::Active);
-        worker.told_to_stop = false;
-        worker.start_pending = false;
-        worker.barren_starts = 0;
-        self.links.insert(link, name.clone());
-        if let Some(old) = old {
-            self.links.remove(&old.id);
-            self.act(Action::Refuse {
-                link: old.id,
-                error: "another connection of this worker replaced this one".into(),
-            });
+    pub(super) fn ready(&mut self, name: &WorkflowName, peer: Peer) {
+        let worker = &self.workflow(name).worker;
+        let is_known = worker.invocation() == Some(&peer.place.invocation);
+        if is_known && worker.unit == Some(UnitState::Stopping) {
+            let error = "its unit is being stopped".to_owned();
+            let link = peer.link;
+            return self.act(Action::Refuse { link, error });
         }
+        if !is_known {
+            let is_old = peer.read < worker.read;
+            if is_old && (worker.current.is_some() || worker.is_down()) {
+                let (link, invocation) = (peer.link, peer.place.invocation);
+                let error = format!("invocation {invocation} is not the current one");
+                self.act(Action::Fence { link, error });
+                return;
+            }
+            let others = self.others(name, Some(&peer.place.invocation));
+            if is_old || !others.is_empty() {
+                self.wait_for_systemd(name, peer);
+                return;
+            }
+            self.appeared(name, peer.read, Current::new(&peer.place, peer.settings));
+        }
+        let Peer {
+            link, place, held, ..
+        } = peer;
+        if self.workflow(name).record.stopped.is_some() {
+            self.note(name, WorkerEvent::WorkerBack);
+        }
+        let worker = &mut self.workflow(name).worker;
+        worker.unit = Some(UnitState::Active);
+        worker.retry = None;
+        let Some(current) = worker.current.as_mut() else {
+            return;
+        };
+        current.ready_by = None;
+        current.cgroup.clone_from(&place.cgroup);
+        if let Some(old) = current.link.replace(link) {
+            self.links.remove(&old);
+            let error = "another connection of this worker replaced this one".to_owned();
+            self.act(Action::Refuse { link: old, error });
+        }
+        self.links.insert(link, name.clone());
         self.tell(link, Order::Welcome);
         let live = self.live(name);
         for id in held.iter().filter(|id| !live.contains(id)) {
             self.disown(link, *id);
         }
         for id in live {
-            let Some(open) = self.open.get_mut(&id) else {
-                continue;
-            };
-            let same = open
-                .place()
-                .is_some_and(|old| old.invocation == place.invocation);
-            open.held = if same && held.contains(&id) {
-                Held::Works
-            } else {
-                Held::No
-            };
-            if open.place().is_some() && !same {
-                self.lost(id)?;
-            } else if open.held == Held::Works {
-                match (&open.run.kill, &open.ending) {
-                    (Some(kill), _) => {
-                        let grace_us = kill.grace_us;
-                        self.start_kill(id, grace_us);
-                    }
-                    (None, Some(_)) => self.tell(
-                        link,
-                        Order::KillThread {
-                            run: id,
-                            grace_us: 0,
-                        },
-                    ),
-                    (None, None) => {}
-                }
-            } else if open.run.is_killing() {
-                self.empty(id);
+            self.reunite(id, link, &place, held.contains(&id));
+        }
+    }
+
+    /// How those before it ended is systemd's to say: who was stopped is not to be blamed.
+    fn wait_for_systemd(&mut self, name: &WorkflowName, peer: Peer) {
+        self.links.insert(peer.link, name.clone());
+        if let Some(before) = self.workflow(name).worker.waiting.replace(peer) {
+            let link = before.link;
+            self.links.remove(&link);
+            let error = "another connection of this worker replaced this one".to_owned();
+            self.act(Action::Refuse { link, error });
+        }
+        let workflow = name.clone();
+        self.act(Action::ReadUnit { workflow });
+    }
+
+    /// A run and the worker that is ready, when it is or was that worker's.
+    fn reunite(&mut self, id: RunId, link: LinkId, place: &Place, is_held: bool) {
+        let Some(open) = self.open.get_mut(&id) else {
+            return;
+        };
+        if !open.is_with(&place.invocation) {
+            // Its process has a run that it was never given, or that was taken from it.
+            if is_held {
+                self.disown(link, id);
             }
+            return;
         }
-        Ok(())
+        open.held = if is_held { Held::Works } else { Held::No };
+        let kill = open.run.kill.as_ref().map(|kill| kill.grace_us);
+        let abort = open.run.abort.as_ref().map(|abort| abort.reason.clone());
+        let is_ending = open.ending.is_some();
+        match (kill, abort) {
+            (Some(_), _) | (None, Some(_)) if !is_held => self.empty(id),
+            (Some(grace_us), _) => self.start_kill(id, grace_us),
+            (None, _) if is_ending && is_held => self.tell(
+                link,
+                Order::KillThread {
+                    run: id,
+                    grace_us: 0,
+                },
+            ),
+            (None, Some(reason)) => self.tell(link, Order::AbortThread { run: id, reason }),
+            (None, None) => {}
+        }
     }
 
-    /// The invocation that had this run is gone.
-    fn lost(&mut self, id: RunId) -> Result<(), Illegal> {
-        let Some(open) = self.open.get(&id) else {
-            return Ok(());
+    pub(super) fn link_lost(&mut self, link: LinkId) -> Touched {
+        let Some(name) = self.links.remove(&link) else {
+            return Touched::Nothing;
         };
-        let exit = self
-            .workflows
-            .get(&open.run.workflow)
-            .and_then(|workflow| workflow.worker.last_exit);
-        let Some((place, started)) = open.place().cloned().zip(open.run.started()) else {
-            return Ok(());
-        };
-        if !started.is_lost {
-            let cause = exit
-                .as_ref()
-                .map_or_else(|| "unknown".to_owned(), ToString::to_string);
-            let event = RunEvent::WorkerLost {
-                invocation: place.invocation,
-                attempt: started.attempt,
-                cause,
-            };
-            self.record(id, event)?;
-        }
-        let losses = self
-            .open
-            .get(&id)
-            .and_then(|open| Some(open.run.started()?.losses))
-            .unwrap_or_default();
-        if losses > limits::RESUMES_WITHOUT_PROGRESS {
-            let result = match exit {
-                Some(Exit::Code(code)) if code != 0 => RunResult::WorkerExit(code),
-                _ => RunResult::WorkerDied,
-            };
-            return self.end(id, result, None);
-        }
-        if self
-            .open
-            .get(&id)
-            .is_some_and(|open| open.is_finishing() || open.cgroup != Cgroup::Empty)
+        if let Some(current) = &mut self.workflow(&name).worker.current
+            && current.link == Some(link)
         {
-            self.empty(id);
+            current.link = None;
+            self.release(&name);
+            // It may be dead, and systemd's signal may be lost.
+            let workflow = name.clone();
+            self.act(Action::ReadUnit { workflow });
         }
-        Ok(())
+        let waiting = &mut self.workflow(&name).worker.waiting;
+        waiting.take_if(|waiting| waiting.link == link);
+        Touched::Workflow(name)
     }
 
-    pub(super) fn link_lost(&mut self, link: LinkId) -> Option<WorkflowName> {
-        let name = self.links.remove(&link)?;
-        self.workflow(&name).worker.link = None;
-        for id in self.live(&name) {
+    /// Nobody is connected who has the workflow's runs.
+    pub(super) fn release(&mut self, name: &WorkflowName) {
+        for id in self.live(name) {
             if let Some(open) = self.open.get_mut(&id) {
                 open.held = Held::No;
             }
         }
-        Some(name)
     }
 
-    /// Sends the worker every run that it should have and has not. A run that an earlier invocation had waits until
-    /// that one's processes are gone.
-    pub(super) fn dispatch(&mut self, name: &WorkflowName) -> Result<(), Illegal> {
-        let Some(worker) = self.workflows.get(name).map(|workflow| &workflow.worker) else {
-            return Ok(());
-        };
-        let Some(link) = worker.link.as_ref().filter(|_| !worker.told_to_stop) else {
-            return Ok(());
-        };
-        let (link, place) = (link.id, link.place.clone());
-        for id in self.live(name) {
-            let Some(open) = self.open.get(&id) else {
-                continue;
-            };
-            let is_elsewhere = open.place().is_some_and(|old| *old != place);
-            if open.held != Held::No
-                || open.is_finishing()
-                || is_elsewhere && open.cgroup != Cgroup::Empty
-            {
-                continue;
-            }
-            if open.place() != Some(&place) {
-                let attempt = open.run.started().map_or(0, |started| started.attempt) + 1;
-                self.record(
-                    id,
-                    RunEvent::Dispatched {
-                        place: place.clone(),
-                        attempt,
-                    },
-                )?;
-            }
-            self.send(id, link);
+    pub(super) fn units(
+        &mut self,
+        units: &BTreeMap<WorkflowName, Unit>,
+        read: ReadId,
+    ) -> Result<(), Illegal> {
+        let absent = Unit::absent(read);
+        let names: BTreeSet<_> = self.workflows.keys().chain(units.keys()).cloned().collect();
+        for name in names {
+            self.unit(&name, units.get(&name).unwrap_or(&absent))?;
         }
+        self.units_known = true;
         Ok(())
-    }
-
-    fn send(&mut self, id: RunId, link: LinkId) {
-        let now = self.now.boot_us;
-        let Some(open) = self.open.get_mut(&id) else {
-            return;
-        };
-        let Some((started, definition)) = open.run.started().zip(open.definition.clone()) else {
-            return;
-        };
-        let slack = micros(limits::TIMEOUT_SLACK);
-        let dispatch = Dispatch {
-            run: id,
-            attempt: started.attempt,
-            rounds: open.run.position.rounds,
-            max_rounds: open.run.round_limit(),
-            dry_run: open.run.dry_run,
-            trigger: open.run.trigger.clone(),
-            timeout_us: open
-                .timeout_at
-                .map(|at| at.saturating_sub(slack).saturating_sub(now)),
-            definition,
-        };
-        open.held = Held::Works;
-        open.cgroup = Cgroup::Unknown;
-        self.act(Action::Dispatch { link, dispatch });
-    }
-
-    /// Sees that a workflow with something to do has a worker, and notes since when one has nothing to do.
-    pub(super) fn ensure_worker(&mut self, name: &WorkflowName) -> Result<(), Illegal> {
-        let waiting: Vec<_> = self
-            .live(name)
-            .into_iter()
-            .filter(|id| self.open.get(id).is_some_and(|open| !open.is_finishing()))
-            .collect();
-        let now = self.now.boot_us;
-        let Some(workflow) = self.workflows.get_mut(name) else {
-            return Ok(());
-        };
-        let worker = &mut workflow.worker;
-        let is_idle = worker.link.is_some() && workflow.live.is_empty() && !worker.told_to_stop;
-        worker.idle_since = is_idle.then(|| worker.idle_since.unwrap_or(now));
-        let startable = matches!(worker.unit, Some(UnitState::Absent | UnitState::Failed));
-        let Some(first) = waiting
-            .first()
-            .filter(|_| startable && worker.link.is_none())
-        else {
-            return Ok(());
-        };
-        let Some(definition) = self
-            .open
-            .get(first)
-            .and_then(|open| open.definition.clone())
-        else {
-            return Ok(());
-        };
-        worker.barren_starts += 1;
-        if worker.barren_starts > limits::RESUMES_WITHOUT_PROGRESS + 1 {
-            self.give_up(
-                name,
-                &RunResult::WorkerDied,
-                "its worker ends before it is ready",
-            )?;
-            return self.settle(name);
-        }
-        worker.unit = Some(UnitState::Starting);
-        worker.start_pending = true;
-        self.act(Action::StartUnit {
-            workflow: name.clone(),
-            settings: definition.workflow.worker.clone(),
-        });
-        Ok(())
-    }
-
-    pub(super) fn shut_down_if_idle(&mut self, name: &WorkflowName) {
-        let now = self.now.boot_us;
-        let worker = &mut self.workflow(name).worker;
-        if worker.shutdown_at().is_some_and(|at| at <= now)
-            && let Some(link) = worker.link_id()
-        {
-            worker.told_to_stop = true;
-            worker.idle_since = None;
-            self.tell(link, Order::Shutdown);
-        }
     }
 
     pub(super) fn unit(&mut self, name: &WorkflowName, unit: &Unit) -> Result<(), Illegal> {
         let worker = &mut self.workflow(name).worker;
-        if worker.start_pending && unit.state == UnitState::Absent {
+        let is_down = matches!(unit.state, UnitState::Absent | UnitState::Failed);
+        if unit.read < worker.read {
             return Ok(());
         }
-        worker.start_pending = false;
-        worker.unit = Some(unit.state);
-        if unit.exit.is_some() {
-            worker.last_exit = unit.exit;
+        worker.read = unit.read;
+        if unit.stop == Stop::GoingDown {
+            self.going_down_until = Some(self.now.boot_us + micros(limits::GOING_DOWN));
         }
-        if matches!(unit.state, UnitState::Absent | UnitState::Failed) {
-            worker.told_to_stop = false;
-            if let Some(link) = worker.link_id() {
-                self.link_lost(link);
-            }
-            self.finish_kills(name);
-        }
-        if unit.state == UnitState::Failed {
-            let result = match unit.exit {
-                Some(Exit::Code(code)) if code != 0 => RunResult::WorkerExit(code),
-                _ => RunResult::StartLimitHit,
-            };
-            self.give_up(name, &result, &unit.detail)?;
-        }
-        Ok(())
-    }
-
-    /// No worker is left that could kill: nerved does it at once.
-    fn finish_kills(&mut self, name: &WorkflowName) {
-        for id in self.live(name) {
-            if self.open.get(&id).is_some_and(|open| open.run.is_killing()) {
-                self.empty(id);
-            }
-        }
-    }
-
-    pub(super) fn units(&mut self, units: &BTreeMap<WorkflowName, Unit>) -> Result<(), Illegal> {
-        let absent = Unit {
-            state: UnitState::Absent,
-            exit: None,
-            detail: String::new(),
-        };
-        let names: Vec<_> = self.workflows.keys().cloned().collect();
-        for name in names {
-            self.workflow(&name).worker.start_pending = false;
-            self.unit(&name, units.get(&name).unwrap_or(&absent))?;
-        }
-        Ok(())
-    }
-
-    pub(super) fn start_refused(
-        &mut self,
-        name: &WorkflowName,
-        error: &str,
-    ) -> Result<(), Illegal> {
         let worker = &mut self.workflow(name).worker;
+        if worker.start_pending && is_down {
+            return Ok(());
+        }
+        let is_earlier = |current: &Current| {
+            let is_other = current.invocation != unit.invocation && !unit.invocation.is_empty();
+            is_other && unit.state == UnitState::Starting && unit.death.is_some()
+        };
+        let is_known = worker.buried.contains(&unit.invocation);
+        if worker.current.as_ref().is_some_and(is_earlier) {
+            // The end of one that came before the one that is there.
+            return if is_known {
+                Ok(())
+            } else {
+                self.died(name, &unit.invocation, Some(unit))
+            };
+        }
         worker.start_pending = false;
-        worker.unit = Some(UnitState::Absent);
-        self.give_up(name, &RunResult::UnitRefused, error)
-    }
-
-    /// There is no worker and there will be none: ends what waits for one.
-    fn give_up(
-        &mut self,
-        name: &WorkflowName,
-        result: &RunResult,
-        detail: &str,
-    ) -> Result<(), Illegal> {
-        self.workflow(name).worker.barren_starts = 0;
-        for id in self.live(name) {
-            self.end(id, result.clone(), Some(detail.to_owned()))?;
+        worker.heard_by = None;
+        worker.detail.clone_from(&unit.detail);
+        let before = worker.unit.replace(unit.state);
+        let has_ended = match unit.state {
+            UnitState::Absent | UnitState::Failed | UnitState::Foreign => true,
+            UnitState::Starting => {
+                unit.invocation.is_empty() || unit.death.is_some() || unit.stop != Stop::Nobody
+            }
+            UnitState::Active | UnitState::Stopping => unit.invocation.is_empty(),
+        };
+        let now = self.now.boot_us;
+        let known = self
+            .workflow(name)
+            .worker
+            .invocation()
+            .map(ToOwned::to_owned);
+        let is_returning = unit.state == UnitState::Starting && !unit.invocation.is_empty();
+        let worker = &mut self.workflow(name).worker;
+        worker.returning = unit.settings.clone().filter(|_| is_returning);
+        if is_returning && has_ended {
+            worker.heard_by = Some(now + micros(limits::READY_TIMEOUT));
+        }
+        if has_ended {
+            self.bury(name, None, Some(unit))?;
+        } else if known.as_ref() == Some(&unit.invocation) {
+            if let Some(current) = &mut self.workflow(name).worker.current {
+                current.settings.clone_from(&unit.settings);
+                if !unit.cgroup.is_empty() {
+                    current.cgroup.clone_from(&unit.cgroup);
+                }
+                if current.link.is_none() && current.ready_by.is_none() {
+                    current.ready_by = Some(Patience::with_known(now));
+                }
+            }
+        } else {
+            self.bury(name, Some(&unit.invocation), Some(unit))?;
+            let place = Place {
+                invocation: unit.invocation.clone(),
+                cgroup: unit.cgroup.clone(),
+            };
+            self.appeared(name, unit.read, Current::new(&place, unit.settings.clone()));
+        }
+        if before == Some(UnitState::Foreign) {
+            // Whoever stopped that did not mean ours.
+        } else if is_down && unit.stop == Stop::Operator {
+            if self.workflow(name).record.stopped.is_none() {
+                self.note(name, WorkerEvent::WorkerStopped);
+            }
+        } else if unit.state == UnitState::Failed && before != Some(UnitState::Failed) {
+            self.block(
+                name,
+                &format!("systemd gave up on {}", unit.detail),
+                unit.death.as_ref(),
+            )?;
+        }
+        let worker = &mut self.workflow(name).worker;
+        let is_clear = worker.current.is_some() || worker.is_down();
+        if let Some(peer) = worker.waiting.take_if(|_| is_clear) {
+            self.links.remove(&peer.link);
+            self.ready(name, peer);
         }
         Ok(())
+    }
+
+    /// An invocation is there that was not known before; all others are gone.
+    fn appeared(&mut self, name: &WorkflowName, read: ReadId, current: Current) {
+        let now = self.now.boot_us;
+        let patience = if self.units_known {
+            Patience::with_new(now)
+        } else {
+            Patience::with_known(now)
+        };
+        let worker = &mut self.workflow(name).worker;
+        worker.read = worker.read.max(read);
+        worker.start_pending = false;
+        worker.heard_by = None;
+        worker.current = Some(Current {
+            ready_by: Some(patience),
+            ..current
+        });
+    }
+
+    /// Every invocation but the one that lives is gone: the one that was known, and those that runs were with.
+    fn bury(
+        &mut self,
+        name: &WorkflowName,
+        alive: Option<&str>,
+        unit: Option<&Unit>,
+    ) -> Result<(), Illegal> {
+        let mut gone = self.others(name, alive);
+        // It came and went between two looks.
+        let brief = unit.filter(|unit| unit.state == UnitState::Starting && unit.death.is_some());
+        if let Some(unit) = brief
+            && !gone.contains(&unit.invocation)
+            && !self.workflow(name).worker.buried.contains(&unit.invocation)
+        {
+            gone.push(unit.invocation.clone());
+        }
+        for invocation in gone {
+            self.died(name, &invocation, unit)?;
+        }
+        Ok(())
+    }
+
+    /// The invocations but this one that are not known to be gone: the one that was known, and those that runs are
+    /// with.
+    fn others(&self, name: &WorkflowName, alive: Option<&str>) -> Vec<String> {
+        let live = self.live(name);
+        let mut gone: Vec<String> = Vec::new();
+        let places = live.iter().filter_map(|id| {
+            let started = self.open.get(id)?.run.started()?;
+            let place = started.place.as_ref().filter(|_| !started.is_lost)?;
+            Some(place.invocation.clone())
+        });
+        let known = self
+            .workflows
+            .get(name)
+            .and_then(|workflow| workflow.worker.invocation());
+        for invocation in known.map(ToOwned::to_owned).into_iter().chain(places) {
+            if alive != Some(invocation.as_str()) && !gone.contains(&invocation) {
+                gone.push(invocation);
+            }
+        }
+        gone
     }
 }

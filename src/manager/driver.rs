@@ -10,28 +10,23 @@
 //! error and nerved with it: what is on disk is found by recovery.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::io;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use sd_notify::NotifyState;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep};
 
-use super::handle::{Change, Event, Handle, INBOX, Overview};
+use super::handle::{Change, Event, Handle, INBOX, News, Overview};
+use super::hands::{Hands, World};
 use super::outbox::Outbox;
 use crate::engine::{
-    Action, Answer, Dispatch, Engine, Input, LinkId, Now, Order, Staged, Ticket, Turn,
+    self, Action, Answer, Dispatch, Engine, Input, LinkId, Now, Order, Staged, Ticket, Turn,
 };
 use crate::model::message::Message;
 use crate::model::name::{RunId, WorkflowName};
 use crate::model::run::{Run, RunEvent};
-use crate::model::status::Status;
-use crate::model::workflow::WorkerSettings;
-use crate::os::cgroup::Cgroup;
 use crate::os::clock;
 use crate::store::{self, Store};
-use crate::systemd::{StartError, Systemd, WorkerUnit};
 use crate::worker::protocol::{Assignment, ToWorker, VERSION};
 
 /// Most inputs of one turn: a turn is one transaction, and its clients wait for all of it.
@@ -40,29 +35,16 @@ const TURN: usize = 256;
 const HEARTBEAT: Duration = Duration::from_secs(5);
 /// `systemctl status` is told no more often.
 const NEWS: Duration = Duration::from_millis(200);
-/// When a killed cgroup is not empty by then, the log says which processes cannot die.
-const STUBBORN: Duration = Duration::from_secs(5);
-
-/// What the driver needs of the world.
-#[derive(Debug)]
-pub struct World {
-    pub store: store::Handle,
-    /// `None` while the bus is away.
-    pub systemd: watch::Receiver<Option<Systemd>>,
-    /// Runs whose status changed.
-    pub changes: mpsc::UnboundedSender<(RunId, Status)>,
-    /// `nerve-worker`'s path.
-    pub worker: PathBuf,
-    /// Where workers connect.
-    pub socket: PathBuf,
-}
+/// Runs by workflow and key.
+type Keys = HashMap<(WorkflowName, String), RunId>;
 
 /// The one owner of state.
 #[derive(Debug)]
 pub struct Driver {
     engine: Engine,
-    world: World,
-    handle: Handle,
+    hands: Hands,
+    store: store::Handle,
+    news: mpsc::UnboundedSender<News>,
     inbox: mpsc::Receiver<Event>,
     links: HashMap<LinkId, Outbox>,
     tickets: HashMap<Ticket, oneshot::Sender<Answer>>,
@@ -74,13 +56,19 @@ pub struct Driver {
 impl Driver {
     /// A driver for this engine, and the handle to it.
     #[must_use]
-    pub fn new(engine: Engine, world: World) -> (Self, Handle) {
+    pub fn new(
+        engine: Engine,
+        store: store::Handle,
+        world: World,
+        news: mpsc::UnboundedSender<News>,
+    ) -> (Self, Handle) {
         let (sender, inbox) = mpsc::channel(INBOX);
         let handle = Handle::new(sender);
         let driver = Self {
             engine,
-            world,
-            handle: handle.clone(),
+            hands: Hands::new(world, handle.clone()),
+            store,
+            news,
             inbox,
             links: HashMap::new(),
             tickets: HashMap::new(),
@@ -115,13 +103,19 @@ impl Driver {
                 wall_us: clock::wall_us(),
                 boot_us: clock::boot_us(),
             };
+            let keys = self.keys(&events).await?;
             let mut observers = Vec::new();
             for event in events.drain(..) {
                 let input = match event {
                     Event::Input(input) => input,
-                    Event::Change(change, reply) => self.admit(change, reply),
+                    Event::Change(change, reply) => self.admit(change, reply, &keys),
                     Event::Overview(reply) => {
                         observers.push(reply);
+                        continue;
+                    }
+                    Event::Breach(link, error) => {
+                        self.tell(link, &[ToWorker::Error { error }]);
+                        self.links.remove(&link);
                         continue;
                     }
                     Event::Ready(link, outbox, input) => {
@@ -136,18 +130,48 @@ impl Driver {
             }
             self.finish_turn().await?;
             for observer in observers {
-                let (running, queued) = self.engine.counts();
                 // A client that went away needs no answer.
-                let _ = observer.send(Overview {
-                    running,
-                    queued,
-                    workflows: self.engine.status(),
-                });
+                let _ = observer.send(self.overview());
             }
         }
     }
 
-    fn admit(&mut self, change: Change, reply: oneshot::Sender<Answer>) -> Input {
+    fn overview(&self) -> Overview {
+        let (running, queued) = self.engine.counts();
+        Overview {
+            running,
+            queued,
+            max_active: self.engine.max_active(),
+            pause: self.engine.pause().cloned(),
+            workflows: self.engine.status(),
+        }
+    }
+
+    /// The runs that have the keys which these events ask for. Nobody else writes, so that stays true for the turn.
+    async fn keys(&self, events: &[Event]) -> Result<Keys, store::Error> {
+        let asked = |event: &Event| match event {
+            Event::Change(Change::Start { accepted, .. }, _) => {
+                Some((accepted.workflow.clone(), accepted.key.clone()?))
+            }
+            _ => None,
+        };
+        let asked: Vec<_> = events.iter().filter_map(asked).collect();
+        if asked.is_empty() {
+            return Ok(Keys::new());
+        }
+        let look = move |store: &mut Store| {
+            let mut known = Keys::new();
+            for (workflow, key) in asked {
+                if let Some(run) = store.run_by_key(&workflow, &key)? {
+                    known.insert((workflow, key), run);
+                }
+            }
+            Ok(known)
+        };
+        self.store.call(look).await
+    }
+
+    fn admit(&mut self, change: Change, reply: oneshot::Sender<Answer>, keys: &Keys) -> Input {
         let ticket = self.next_ticket;
         self.next_ticket += 1;
         self.tickets.insert(ticket, reply);
@@ -155,6 +179,10 @@ impl Driver {
             Change::Start { run, accepted } => Input::Start {
                 ticket,
                 run,
+                existing: accepted
+                    .key
+                    .as_ref()
+                    .and_then(|key| keys.get(&(accepted.workflow.clone(), key.clone())).copied()),
                 accepted,
             },
             Change::Kill { run, request } => Input::Kill {
@@ -162,6 +190,29 @@ impl Driver {
                 run,
                 request,
             },
+            Change::Abort { run, request } => Input::Abort {
+                ticket,
+                run,
+                request,
+            },
+            Change::Drain {
+                workflow,
+                timeout,
+                by,
+            } => Input::Drain {
+                ticket,
+                workflow,
+                timeout_us: timeout
+                    .map(|timeout| u64::try_from(timeout.as_micros()).unwrap_or(u64::MAX)),
+                by,
+            },
+            Change::Reset { workflow, by } => Input::Reset {
+                ticket,
+                workflow,
+                by,
+            },
+            Change::Pause { reason, by } => Input::Pause { ticket, reason, by },
+            Change::Resume { by } => Input::Resume { ticket, by },
         }
     }
 
@@ -176,26 +227,25 @@ impl Driver {
     }
 
     async fn finish_turn(&mut self) -> Result<(), store::Error> {
-        let Turn {
-            events,
-            runs,
-            actions,
-        } = self.engine.take_turn();
-        for staged in &events {
-            tracing::debug!(run_id = %staged.run, event = staged.event.name(), "event");
+        let mut turn = self.engine.take_turn();
+        let actions = std::mem::take(&mut turn.actions);
+        let news = news(&turn);
+        for staged in &turn.events {
+            tracing::debug!(event = ?staged.event, "event");
         }
-        let announced = news(&events, &runs);
+        Hands::tell_of_deaths(&turn.events);
         let dispatched: Vec<_> = actions.iter().filter_map(dispatched).collect();
         let mut threads = BTreeMap::new();
-        if !events.is_empty() || !dispatched.is_empty() {
+        let moments = store::Moments::of(&turn);
+        if !turn.events.is_empty() || !dispatched.is_empty() {
             // One way to the store and back, since every run of the turn waits for it.
-            let turn = move |store: &mut Store| {
-                if !events.is_empty() {
-                    store.commit(&events, &runs)?;
+            let work = move |store: &mut Store| {
+                if !turn.events.is_empty() {
+                    store.commit(&turn)?;
                 }
                 read_threads(store, &dispatched)
             };
-            threads = match self.world.store.call(turn).await {
+            threads = match self.store.call(work).await {
                 Ok(threads) => threads,
                 Err(error) => {
                     if error.is_full() {
@@ -208,8 +258,9 @@ impl Driver {
                 }
             };
         }
-        for change in announced {
-            let _ = self.world.changes.send(change);
+        moments.after_commit();
+        for one in news {
+            let _ = self.news.send(one);
         }
         self.perform(actions, threads);
         Ok(())
@@ -223,23 +274,41 @@ impl Driver {
                         let _ = reply.send(answer);
                     }
                 }
-                Action::StartUnit { workflow, settings } => self.start_unit(workflow, settings),
+                Action::StartUnit { workflow, settings } => {
+                    self.hands.start_unit(workflow, settings);
+                }
+                Action::ResetUnit { workflow } => self.hands.reset_unit(workflow),
+                Action::ReadUnit { workflow } => self.hands.read_unit(workflow),
+                Action::KillUnit { workflow, cgroup } => Hands::kill_unit(&workflow, cgroup),
                 Action::Dispatch { link, dispatch } => {
                     let thread = threads.remove(&dispatch.run).unwrap_or_default();
-                    self.tell(link, &assignment(dispatch, thread));
+                    crate::os::failpoint!("F12");
+                    self.tell(link, &assignment(&dispatch, thread));
                 }
                 Action::Tell { link, order } => {
                     let frame = self.frame(link, order);
                     self.tell(link, frame.as_slice());
                 }
                 Action::Refuse { link, error } => {
-                    tracing::warn!(link, error, "refused a worker");
-                    self.tell(link, &[ToWorker::Error { error }]);
-                    self.links.remove(&link);
+                    self.refuse(link, error);
                 }
-                Action::Empty { run, cgroup } => self.empty(run, cgroup),
+                Action::Fence { link, error } => {
+                    if let Some(outbox) = self.refuse(link, error)
+                        && outbox.peer.is_alive()
+                    {
+                        let cgroup = outbox.place.cgroup.clone();
+                        Hands::kill_unit(&outbox.workflow, cgroup);
+                    }
+                }
+                Action::Empty { run, cgroup } => self.hands.empty(run, cgroup),
             }
         }
+    }
+
+    fn refuse(&mut self, link: LinkId, error: String) -> Option<Outbox> {
+        tracing::warn!(link, error, "refused a worker");
+        self.tell(link, &[ToWorker::Error { error }]);
+        self.links.remove(&link)
     }
 
     fn tell(&mut self, link: LinkId, frames: &[ToWorker]) {
@@ -260,85 +329,14 @@ impl Driver {
                 run_id: run,
                 grace_ms: grace_us / 1_000,
             },
+            (Order::AbortThread { run, reason }, _) => ToWorker::AbortThread {
+                run_id: run,
+                reason,
+            },
             (Order::MessageAck { run, round }, _) => ToWorker::MessageAck { run_id: run, round },
             (Order::EventAck { run }, _) => ToWorker::EventAck { run_id: run },
             (Order::Shutdown, _) => ToWorker::Shutdown { timeout_ms: 0 },
         }]
-    }
-
-    fn start_unit(&self, workflow: WorkflowName, settings: WorkerSettings) {
-        // While the bus is away nothing is started; when it is back, systemd's list of units says what is missing.
-        let Some(systemd) = self.world.systemd.borrow().clone() else {
-            return;
-        };
-        let (handle, executable, socket) = (
-            self.handle.clone(),
-            self.world.worker.clone(),
-            self.world.socket.clone(),
-        );
-        tokio::spawn(async move {
-            let unit = WorkerUnit {
-                workflow: &workflow,
-                executable: &executable,
-                socket: &socket,
-            };
-            let started = systemd.start(&unit, &settings).await;
-            match &started {
-                Ok(()) => tracing::info!(workflow = %workflow, "starting {}", workflow.unit()),
-                Err(StartError::Refused(error)) => {
-                    tracing::error!(workflow = %workflow, error, "systemd refuses {}", workflow.unit());
-                    let (workflow, error) = (workflow.clone(), error.clone());
-                    return handle.report(Input::StartRefused { workflow, error }).await;
-                }
-                Err(StartError::Exists) => {}
-                Err(StartError::Bus(error)) => {
-                    tracing::warn!(workflow = %workflow, %error, "lost the bus while starting");
-                }
-            }
-            let taken = Input::StartTaken {
-                workflow: workflow.clone(),
-            };
-            handle.report(taken).await;
-            if started.is_err()
-                && let Ok(unit) = systemd.unit(&workflow).await
-            {
-                handle.report(Input::Unit { workflow, unit }).await;
-            }
-        });
-    }
-
-    fn empty(&self, run: RunId, path: String) {
-        let handle = self.handle.clone();
-        tokio::spawn(async move {
-            let cgroup = Cgroup::at(&path);
-            let killed = blocking(&cgroup, Cgroup::kill).await;
-            if let Err(error) = killed {
-                tracing::error!(run_id = %run, %error, "failed to kill cgroup {path}");
-            }
-            let emptied = tokio::time::timeout(STUBBORN, cgroup.emptied()).await;
-            let emptied = match emptied {
-                Ok(emptied) => emptied,
-                Err(_) => {
-                    let pids: Vec<_> = cgroup
-                        .processes()
-                        .iter()
-                        .map(|pid| pid.as_raw_nonzero().get())
-                        .collect();
-                    tracing::warn!(run_id = %run, "run {run} is killed but processes {pids:?} do not die");
-                    cgroup.emptied().await
-                }
-            };
-            match emptied {
-                Ok(()) => {
-                    // The worker does it too; it may be gone.
-                    let _ = blocking(&cgroup, Cgroup::remove).await;
-                    handle.report(Input::Emptied { run }).await;
-                }
-                Err(error) => {
-                    tracing::error!(run_id = %run, %error, "failed to watch cgroup {path}")
-                }
-            }
-        });
     }
 
     /// Tells systemd that the loop turns, and people what it is about; returns when to come again.
@@ -353,30 +351,37 @@ impl Driver {
             return pause.saturating_sub(age);
         }
         let (running, queued) = counts;
-        let status = format!("{running} runs active, {queued} queued");
+        let paused = self.engine.pause().map_or("", |_| "; paused");
+        let status = format!("{running} runs active, {queued} queued{paused}");
         let _ = sd_notify::notify(&[NotifyState::Watchdog, NotifyState::Status(&status)]);
         self.shown = Some((counts, Instant::now()));
         HEARTBEAT
     }
 }
 
-/// The runs whose status changed, as they now are; a round or a dispatch is nobody's news.
-fn news(events: &[Staged], runs: &BTreeMap<RunId, Run>) -> Vec<(RunId, Status)> {
-    let is_news = |staged: &&Staged| {
-        !matches!(
-            staged.event,
-            RunEvent::Dispatched { .. }
+/// What the turn changed that others want to hear of; a round or a dispatch is nobody's news.
+fn news(turn: &Turn) -> Vec<News> {
+    let mut runs = BTreeSet::new();
+    for Staged { event, .. } in &turn.events {
+        match event {
+            engine::Event::Run(
+                _,
+                RunEvent::Dispatched { .. }
                 | RunEvent::ThreadWorkflowMessage { .. }
-                | RunEvent::WorkerLost { .. }
-        )
+                | RunEvent::WorkerLost { .. },
+            )
+            | engine::Event::Worker(..)
+            | engine::Event::Manager(_) => {}
+            engine::Event::Run(run, _) => drop(runs.insert(*run)),
+        }
+    }
+    let run = |run: &Run| {
+        runs.contains(&run.id)
+            .then(|| News::Run(run.id, run.status()))
     };
-    let changed: BTreeSet<_> = events
-        .iter()
-        .filter(is_news)
-        .map(|staged| staged.run)
-        .collect();
-    let status = |id: &RunId| Some((*id, runs.get(id)?.status()));
-    changed.iter().filter_map(status).collect()
+    let runs = turn.runs.values().filter_map(run);
+    runs.chain(turn.workers.keys().cloned().map(News::Workflow))
+        .collect()
 }
 
 fn dispatched(action: &Action) -> Option<RunId> {
@@ -401,29 +406,22 @@ fn read_threads(
     Ok(threads)
 }
 
-/// Does something with a cgroup that takes the longer the more a role made of it.
-async fn blocking(cgroup: &Cgroup, action: fn(&Cgroup) -> io::Result<()>) -> io::Result<()> {
-    let cgroup = cgroup.clone();
-    let done = tokio::task::spawn_blocking(move || action(&cgroup)).await;
-    done.unwrap_or_else(|error| Err(io::Error::other(error)))
-}
-
 /// The frames that give a run to a worker: a start, or a resume with its rounds.
-fn assignment(dispatch: Dispatch, thread: Vec<Message>) -> Vec<ToWorker> {
+fn assignment(dispatch: &Dispatch, thread: Vec<Message>) -> Vec<ToWorker> {
     let run_id = dispatch.run;
     let mut thread = thread.into_iter();
-    let (prompt, created_at) = thread
-        .next()
-        .map(|start| (start.content, start.timestamp))
-        .unwrap_or_default();
+    let Some(mut start) = thread.next() else {
+        tracing::error!(run_id = %run_id, "run {run_id} has no start");
+        return Vec::new();
+    };
     let assignment = Assignment {
         run_id,
         attempt: dispatch.attempt,
-        prompt,
+        prompt: start.content,
         max_rounds: dispatch.max_rounds,
         dry_run: dispatch.dry_run,
-        trigger: dispatch.trigger,
-        created_at,
+        trigger: start.meta.remove("trigger").unwrap_or_default(),
+        created_at: start.timestamp,
         timeout_ms: dispatch.timeout_us.map(|us| us / 1_000),
         workflow: dispatch.definition.source.clone(),
     };

@@ -1,15 +1,19 @@
-//! What the rest of nerved holds of the manager: ask for a run, kill one, look.
+//! What the rest of nerved holds of the manager: ask for a change, look, tell what happened.
 //!
 //! Changes go to the driver and are answered when they are durable. Reads go to the store, which knows only what is
 //! durable.
+
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
 use super::outbox::Outbox;
 use crate::engine::{Answer, Input, LinkId, WorkflowStatus};
-use crate::model::name::RunId;
-use crate::model::run::{Accepted, KillRequest};
+use crate::model::name::{RunId, WorkflowName};
+use crate::model::run::{AbortRequest, Accepted, Caller, KillRequest};
+use crate::model::status::Status;
+use crate::model::worker::Pause;
 
 /// The driver's inbox holds so many events; who has more to say waits.
 pub(super) const INBOX: usize = 1_024;
@@ -28,6 +32,8 @@ pub(super) enum Event {
     Overview(oneshot::Sender<Overview>),
     /// A worker is ready, and this is the way to it.
     Ready(LinkId, Outbox, Input),
+    /// A worker broke the protocol: it is told how, and heard no more.
+    Breach(LinkId, String),
     /// Something happened.
     Input(Input),
 }
@@ -41,8 +47,33 @@ pub struct Handle {
 /// A change that a client asks for.
 #[derive(Debug)]
 pub enum Change {
+    /// A run.
     Start { run: RunId, accepted: Accepted },
+    /// The end of a run, now.
     Kill { run: RunId, request: KillRequest },
+    /// The end of a run, at the next round boundary.
+    Abort { run: RunId, request: AbortRequest },
+    /// A new worker for a workflow, once the runs of its worker have ended; after the time-out those are ended.
+    Drain {
+        workflow: WorkflowName,
+        timeout: Option<Duration>,
+        by: Caller,
+    },
+    /// A workflow's deaths, block and stop forgotten.
+    Reset { workflow: WorkflowName, by: Caller },
+    /// Nothing leaves a queue.
+    Pause { reason: Option<String>, by: Caller },
+    /// And no longer.
+    Resume { by: Caller },
+}
+
+/// Something that others want to hear of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum News {
+    /// The run's status changed, or a kill or an abort of it began.
+    Run(RunId, Status),
+    /// Something about the workflow's worker changed.
+    Workflow(WorkflowName),
 }
 
 /// How everything stands.
@@ -50,6 +81,9 @@ pub enum Change {
 pub struct Overview {
     pub running: usize,
     pub queued: usize,
+    /// Most runs at a time over all workflows.
+    pub max_active: Option<u32>,
+    pub pause: Option<Pause>,
     pub workflows: Vec<WorkflowStatus>,
 }
 
@@ -58,25 +92,20 @@ impl Handle {
         Self { inbox }
     }
 
-    /// Starts a run; returns when it is durable.
+    /// Starts a run; returns when it is durable: [`Answer::Started`], [`Answer::Existing`], or why not.
     ///
     /// # Errors
     /// [`Gone`].
-    pub async fn start(&self, accepted: Accepted) -> Result<(RunId, Answer), Gone> {
+    pub async fn start(&self, accepted: Accepted) -> Result<Answer, Gone> {
         let run = RunId::from_bits(Uuid::now_v7().as_u128());
-        let answer = self.change(Change::Start { run, accepted }).await?;
-        Ok((run, answer))
+        self.change(Change::Start { run, accepted }).await
     }
 
-    /// Asks for the end of a run; returns when the request is durable.
+    /// Asks for a change; returns when it is durable.
     ///
     /// # Errors
     /// [`Gone`].
-    pub async fn kill(&self, run: RunId, request: KillRequest) -> Result<Answer, Gone> {
-        self.change(Change::Kill { run, request }).await
-    }
-
-    async fn change(&self, change: Change) -> Result<Answer, Gone> {
+    pub async fn change(&self, change: Change) -> Result<Answer, Gone> {
         let (reply, answer) = oneshot::channel();
         self.inbox
             .send(Event::Change(change, reply))

@@ -18,7 +18,7 @@ use crate::model::name::WorkflowName;
 use crate::model::run::Place;
 use crate::os::cgroup::{self, Cgroup};
 use crate::os::peer::Peer;
-use crate::systemd::Systemd;
+use crate::systemd::{Identity, Systemd};
 use crate::worker::protocol::{self, EventType, FrameError, ToManager, ToWorker, VERSION};
 
 /// Why a connection is not a worker's.
@@ -135,7 +135,8 @@ async fn greet(
     handle: Handle,
     complaints: Complaints,
 ) {
-    let (workflow, place) = match identify(&stream, systemd).await {
+    crate::os::failpoint!("F10");
+    let (workflow, identity, peer) = match identify(&stream, systemd).await {
         Ok(identified) => identified,
         Err(stranger) => {
             if let Some(before) = complaints.admit() {
@@ -144,20 +145,28 @@ async fn greet(
             return;
         }
     };
+    crate::os::failpoint!("F11");
+    let place = Place {
+        invocation: identity.invocation.clone(),
+        cgroup: identity.cgroup.clone(),
+    };
     let (descendants, depth) = limits::CGROUPS;
     if let Err(error) = Cgroup::at(&place.cgroup).bound(descendants, depth) {
         tracing::warn!(workflow = %workflow, %error, "failed to bound the worker's cgroups");
     }
     let (read_half, write_half) = stream.into_split();
-    let (outbox, closed) = Outbox::open(workflow.clone(), write_half);
+    let (outbox, closed) = Outbox::open(workflow.clone(), place.clone(), peer, write_half);
     let unit = workflow.unit();
     let ended = tokio::select! {
-        ended = converse(link, read_half, outbox, workflow, place, &handle) => ended,
+        ended = converse(link, read_half, outbox, workflow, identity, place, &handle) => ended,
         _ = closed => Ok(()),
     };
     match ended {
         Ok(()) => tracing::debug!(link, "{unit} disconnected"),
-        Err(error) => tracing::warn!(link, error = %error, "connection of {unit} ended"),
+        Err(error) => {
+            tracing::warn!(link, error = %error, "connection of {unit} ended");
+            handle.send(Event::Breach(link, error.to_string())).await;
+        }
     }
     handle.report(Input::LinkLost { link }).await;
 }
@@ -166,7 +175,7 @@ async fn greet(
 async fn identify(
     stream: &UnixStream,
     mut systemd: watch::Receiver<Option<Systemd>>,
-) -> Result<(WorkflowName, Place), Stranger> {
+) -> Result<(WorkflowName, Identity, Peer), Stranger> {
     let peer = Peer::of(stream)?;
     let path = cgroup::of_process(peer.pid)?;
     let unit = path
@@ -190,13 +199,7 @@ async fn identify(
                 && is_in(&path, &identity.cgroup)
                 && peer.is_alive() =>
         {
-            Ok((
-                workflow,
-                Place {
-                    invocation: identity.invocation,
-                    cgroup: identity.cgroup,
-                },
-            ))
+            Ok((workflow, identity, peer))
         }
         _ => Err(Stranger::NotMain {
             unit,
@@ -232,6 +235,7 @@ async fn converse(
     stream: OwnedReadHalf,
     mut outbox: Outbox,
     workflow: WorkflowName,
+    identity: Identity,
     place: Place,
     handle: &Handle,
 ) -> Result<(), Breach> {
@@ -259,6 +263,8 @@ async fn converse(
         link: id,
         workflow: workflow.clone(),
         place: place.clone(),
+        read: identity.read,
+        settings: identity.settings,
         held,
     };
     handle.send(Event::Ready(id, outbox, ready)).await;
@@ -292,6 +298,7 @@ async fn converse(
                     EventType::Completed => "completed",
                     EventType::Failed => "failed",
                     EventType::Killed => "killed",
+                    EventType::Aborted => "aborted",
                 };
                 if code != exit_code || status.as_str() != said {
                     return Err(Breach::BadEnd(run_id, exit_code));
@@ -312,6 +319,8 @@ async fn converse(
             }
             ToManager::Ready { .. } => return Err(Breach::ReadyTwice),
         };
+        crate::os::failpoint!("F13", matches!(input, Input::Message { .. }));
+        crate::os::failpoint!("F16", matches!(input, Input::Ended { .. }));
         handle.report(input).await;
     }
     Ok(())

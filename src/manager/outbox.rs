@@ -8,6 +8,8 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::model::limits;
 use crate::model::name::WorkflowName;
+use crate::model::run::Place;
+use crate::os::peer::Peer;
 use crate::worker::protocol::{self, ToWorker};
 
 /// A worker that takes nothing for so long is not worth waiting for.
@@ -18,6 +20,10 @@ const WRITE_PATIENCE: Duration = Duration::from_secs(30);
 pub(super) struct Outbox {
     /// Whose worker it is.
     pub(super) workflow: WorkflowName,
+    /// Where it runs.
+    pub(super) place: Place,
+    /// Its process.
+    pub(super) peer: Peer,
     lines: mpsc::Sender<Vec<u8>>,
     /// Dropped with it, and then the worker is heard no more.
     open: Option<oneshot::Sender<()>>,
@@ -27,6 +33,8 @@ impl Outbox {
     /// The way to the worker of `workflow` at the other end of `stream`; the receiver ends when it is closed.
     pub(super) fn open(
         workflow: WorkflowName,
+        place: Place,
+        peer: Peer,
         stream: OwnedWriteHalf,
     ) -> (Self, oneshot::Receiver<()>) {
         let (lines, outgoing) = mpsc::channel(limits::OUTBOX_FRAMES);
@@ -35,6 +43,8 @@ impl Outbox {
         let open = Some(open);
         let outbox = Self {
             workflow,
+            place,
+            peer,
             lines,
             open,
         };
@@ -59,5 +69,13 @@ async fn write(mut stream: OwnedWriteHalf, mut lines: mpsc::Receiver<Vec<u8>>) {
         if !matches!(written, Ok(Ok(()))) {
             return;
         }
+        crate::os::failpoint!("F15", has(&bytes, b"message-ack"));
+        crate::os::failpoint!("F18", has(&bytes, b"event-ack"));
+        crate::os::failpoint!("F23", has(&bytes, b"kill-thread"));
     }
+}
+
+/// Whether frames of this type are among the bytes; a prompt that says so too does no harm.
+fn has(bytes: &[u8], kind: &[u8]) -> bool {
+    bytes.windows(kind.len()).any(|window| window == kind)
 }

@@ -28,6 +28,8 @@ pub const MAX_ROUNDS: u32 = 10_000;
 pub const DEFAULT_MAX_ROUNDS: u32 = 50;
 /// Largest `concurrency`.
 pub const CONCURRENCY: u32 = 256;
+/// Largest `max_active`.
+pub const MAX_ACTIVE: u32 = 100_000;
 /// Largest `max_queue`.
 pub const MAX_QUEUE: u32 = 1_000_000;
 /// `max_queue` when the file does not say.
@@ -38,6 +40,8 @@ pub const LINE_BYTES: usize = 8 * 1024 * 1024;
 pub const CONNECTIONS: usize = 1_024;
 /// Most connections on the worker socket of one uid.
 pub const CONNECTIONS_PER_UID: usize = 64;
+/// Most connections on root's private socket.
+pub const PRIVATE_CONNECTIONS: usize = 64;
 /// Cgroups that a worker and its roles may make, and how deep: a tree that took minutes to walk would hold up a kill.
 pub const CGROUPS: (u32, u32) = (4_096, 16);
 /// What may wait to be written to a worker that does not read.
@@ -49,6 +53,10 @@ pub const LIST_ROWS: u32 = 10_000;
 
 /// A worker that is connected says `ready` within this time.
 pub const READY_TIMEOUT: Duration = Duration::from_secs(5);
+/// A worker that had been ready, and has lost its connection, is ready again within this time.
+pub const RECONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+/// Who connects to root's private socket may take so long to greet, and later not to read.
+pub const PRIVATE_PATIENCE: Duration = Duration::from_secs(10);
 /// Between SIGTERM and SIGKILL when nobody says otherwise, and when a time-out passes.
 pub const DEFAULT_GRACE: Duration = Duration::from_secs(5);
 /// Longest grace that a kill may ask for.
@@ -59,8 +67,18 @@ pub const KILL_CONFIRM: Duration = Duration::from_secs(2);
 pub const TIMEOUT_SLACK: Duration = Duration::from_secs(5);
 /// A worker without runs is told to shut down after this time.
 pub const WORKER_IDLE: Duration = Duration::from_secs(300);
-/// How often a run is resumed without a new round before it counts as crashed.
-pub const RESUMES_WITHOUT_PROGRESS: u32 = 3;
+/// So many deaths of its worker without a new round, and a run is resumed alone: it may be the guilty one.
+pub const SUSPECT_DEATHS: u32 = 2;
+/// So many deaths of its worker without a new round, and a run has crashed.
+pub const CRASHED_DEATHS: u32 = 3;
+/// What is quoted of the journal of a worker that died.
+pub const LAST_WORDS_BYTES: usize = 2 * 1024;
+/// Longest client key.
+pub const KEY_BYTES: usize = 128;
+/// A worker that was told to shut down and is not gone after this time is killed.
+pub const SHUTDOWN: Duration = Duration::from_secs(30);
+/// nerve as a whole is being stopped, so no worker is started; should it live on after this time, it goes on.
+pub const GOING_DOWN: Duration = Duration::from_secs(120);
 /// First and longest pause between two attempts to reach nerved, or the bus.
 pub const RECONNECT: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// `StartLimitIntervalSec` and `StartLimitBurst` of a worker unit.

@@ -11,4 +11,6 @@ pub mod moderator;
 pub mod name;
 pub mod run;
 pub mod status;
+pub mod time;
+pub mod worker;
 pub mod workflow;

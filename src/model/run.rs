@@ -2,6 +2,8 @@
 //!
 //! A run is what its events add up to. The same events in the same order give the same run, live or replayed.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -9,6 +11,7 @@ use super::limits;
 use super::message::{Message, Position};
 use super::name::{RoleName, RunId, WorkflowName};
 use super::status::{RunResult, Status};
+use super::worker::Death;
 
 /// The sha256 of a definition's bytes, as 64 hex digits.
 pub type Digest = String;
@@ -27,6 +30,9 @@ pub struct Accepted {
     pub dry_run: bool,
     /// Who or what started it.
     pub trigger: Value,
+    /// What makes the start idempotent: unique among all runs of the workflow.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
 }
 
 impl Accepted {
@@ -43,6 +49,30 @@ impl Accepted {
             content: self.prompt,
             meta,
             timestamp,
+        }
+    }
+}
+
+/// Who asked for something.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Caller {
+    /// The user.
+    pub uid: u32,
+    /// The process, as the kernel told it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid: Option<u32>,
+    /// The process's name, which it chooses itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub comm: Option<String>,
+}
+
+impl fmt::Display for Caller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "uid {}", self.uid)?;
+        match (&self.comm, self.pid) {
+            (Some(comm), Some(pid)) => write!(f, " ({comm}, pid {pid})"),
+            (None, Some(pid)) => write!(f, " (pid {pid})"),
+            _ => Ok(()),
         }
     }
 }
@@ -99,6 +129,9 @@ pub enum RunEvent {
         place: Place,
         /// How often it was dispatched, this time included.
         attempt: u32,
+        /// In which boot of the machine.
+        #[serde(default)]
+        boot_id: String,
     },
     /// A round is done.
     ThreadWorkflowMessage {
@@ -113,11 +146,14 @@ pub enum RunEvent {
         invocation: String,
         /// The attempt that was lost.
         attempt: u32,
-        /// What systemd says: `exit-code 3`, `signal 9`.
-        cause: String,
+        /// How the worker died.
+        #[serde(flatten)]
+        death: Death,
     },
     /// Somebody wants it dead. Repeated, it counts anew.
     KillRequested(KillRequest),
+    /// Somebody wants it to end at the next round boundary.
+    AbortRequested(AbortRequest),
     /// It ended.
     Ended {
         /// Why.
@@ -136,6 +172,18 @@ pub struct KillRequest {
     pub reason: Option<String>,
     /// Between SIGTERM and SIGKILL, in µs.
     pub grace_us: u64,
+    /// Who.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub by: Option<Caller>,
+}
+
+/// A wish to abort a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AbortRequest {
+    /// What the person said.
+    pub reason: Option<String>,
+    /// Who.
+    pub by: Caller,
 }
 
 impl RunEvent {
@@ -148,7 +196,8 @@ impl RunEvent {
             Self::Dispatched { .. } => "dispatched",
             Self::ThreadWorkflowMessage { .. } => Self::MESSAGE,
             Self::WorkerLost { .. } => "worker-lost",
-            Self::KillRequested(_) => "kill-requested",
+            Self::KillRequested(_) => Self::KILL,
+            Self::AbortRequested(_) => Self::ABORT,
             Self::Ended { .. } => "ended",
         }
     }
@@ -157,9 +206,14 @@ impl RunEvent {
     pub const MESSAGE: &str = "thread-workflow-message";
     /// Type of a run's first event, which holds the prompt.
     pub const QUEUED: &str = "queued";
+    /// Type of the event that begins a kill.
+    pub const KILL: &str = "kill-requested";
+    /// Type of the event that begins an abort.
+    pub const ABORT: &str = "abort-requested";
 }
 
-/// A run as its events add up to. The prompt and the messages' content stay in the events.
+/// A run as its events add up to. The prompt, the trigger and the messages' content stay in the events. What a run in
+/// the queue has not is boxed: there may be a hundred thousand of them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Run {
     /// Its id.
@@ -172,12 +226,10 @@ pub struct Run {
     pub max_rounds: Option<u32>,
     /// Whether it is a rehearsal.
     pub dry_run: bool,
-    /// Who or what started it.
-    pub trigger: Value,
-    /// Where its thread stands.
-    pub position: Position,
     /// A kill in progress, or that ended it.
-    pub kill: Option<KillRequest>,
+    pub kill: Option<Box<KillRequest>>,
+    /// An abort in progress, or that ended it.
+    pub abort: Option<Box<AbortRequest>>,
     state: State,
 }
 
@@ -185,13 +237,22 @@ pub struct Run {
 #[derive(Debug, Clone, PartialEq)]
 enum State {
     Queued,
-    Started(Started),
-    Ended {
-        started: Option<Started>,
-        at: u64,
-        result: RunResult,
-    },
+    Started(Box<Started>),
+    Ended(Box<Ended>),
 }
+
+/// What is known of a run that ended.
+#[derive(Debug, Clone, PartialEq)]
+struct Ended {
+    started: Option<Box<Started>>,
+    at: u64,
+    result: RunResult,
+}
+
+static AT_THE_START: Position = Position {
+    rounds: 0,
+    last: None,
+};
 
 /// What is known of a run since it left the queue.
 #[derive(Debug, Clone, PartialEq)]
@@ -202,13 +263,19 @@ pub struct Started {
     pub since: BootInstant,
     /// The definition it runs.
     pub definition: Digest,
+    /// Where its thread stands.
+    pub position: Position,
     /// Where it is executed, once a worker has it.
     pub place: Option<Place>,
+    /// In which boot of the machine it was dispatched.
+    pub boot_id: String,
     /// How often it was dispatched.
     pub attempt: u32,
     /// The worker of the newest attempt died.
     pub is_lost: bool,
-    /// How often a worker died under it since the newest round.
+    /// How the worker died that was lost last.
+    pub last_death: Option<Death>,
+    /// How often a worker died under it since the newest round, and could be blamed.
     pub losses: u32,
 }
 
@@ -225,15 +292,27 @@ impl Run {
     /// The run that its first event makes.
     #[must_use]
     pub fn accept(id: RunId, at: u64, accepted: &Accepted) -> Self {
+        let workflow = accepted.workflow.clone();
+        Self::queued(id, workflow, at, accepted.max_rounds, accepted.dry_run)
+    }
+
+    /// A run of which nothing is known but that it was accepted.
+    #[must_use]
+    pub fn queued(
+        id: RunId,
+        workflow: WorkflowName,
+        created_at: u64,
+        max_rounds: Option<u32>,
+        dry_run: bool,
+    ) -> Self {
         Self {
             id,
-            workflow: accepted.workflow.clone(),
-            created_at: at,
-            max_rounds: accepted.max_rounds,
-            dry_run: accepted.dry_run,
-            trigger: accepted.trigger.clone(),
-            position: Position::default(),
+            workflow,
+            created_at,
+            max_rounds,
+            dry_run,
             kill: None,
+            abort: None,
             state: State::Queued,
         }
     }
@@ -254,49 +333,64 @@ impl Run {
                 },
             ) => {
                 run.max_rounds = Some(*max_rounds);
-                run.state = State::Started(Started {
+                run.state = State::Started(Box::new(Started {
                     at,
                     since: since.clone(),
                     definition: definition.clone(),
+                    position: Position::default(),
                     place: None,
+                    boot_id: String::new(),
                     attempt: 0,
                     is_lost: false,
+                    last_death: None,
                     losses: 0,
-                });
+                }));
             }
-            (State::Started(started), RunEvent::Dispatched { place, attempt })
-                if *attempt == started.attempt + 1 && self.kill.is_none() =>
-            {
+            (
+                State::Started(started),
+                RunEvent::Dispatched {
+                    place,
+                    attempt,
+                    boot_id,
+                },
+            ) if *attempt == started.attempt + 1 && self.kill.is_none() && self.abort.is_none() => {
                 started.place = Some(place.clone());
+                started.boot_id.clone_from(boot_id);
                 started.attempt = *attempt;
                 started.is_lost = false;
             }
             (State::Started(started), RunEvent::ThreadWorkflowMessage { round, message })
-                if *round == self.position.rounds + 1
+                if *round == started.position.rounds + 1
                     && started.place.is_some()
                     && !started.is_lost
                     && self.kill.is_none() =>
             {
                 started.losses = 0;
-                run.position = self
+                started.position = started
                     .position
                     .after(message)
                     .ok_or_else(|| self.illegal(event))?;
             }
-            (State::Started(started), RunEvent::WorkerLost { attempt, .. })
+            (State::Started(started), RunEvent::WorkerLost { attempt, death, .. })
                 if *attempt == started.attempt && started.place.is_some() && !started.is_lost =>
             {
                 started.is_lost = true;
-                started.losses += 1;
+                started.losses += u32::from(!death.is_blameless());
+                started.last_death = Some(death.clone());
             }
             (State::Queued | State::Started(_), RunEvent::KillRequested(request)) => {
-                run.kill = Some(KillRequest {
+                run.kill = Some(Box::new(KillRequest {
                     reason: request
                         .reason
                         .clone()
                         .or_else(|| self.kill.as_ref()?.reason.clone()),
                     ..request.clone()
-                });
+                }));
+            }
+            (State::Queued | State::Started(_), RunEvent::AbortRequested(request))
+                if self.kill.is_none() && self.abort.is_none() =>
+            {
+                run.abort = Some(Box::new(request.clone()));
             }
             (state @ (State::Queued | State::Started(_)), RunEvent::Ended { result, .. })
                 if self.may_end_so(result) =>
@@ -305,23 +399,38 @@ impl Run {
                     State::Started(started) => Some(started.clone()),
                     _ => None,
                 };
-                run.state = State::Ended {
+                run.state = State::Ended(Box::new(Ended {
                     started,
                     at,
                     result: result.clone(),
-                };
+                }));
             }
             _ => return Err(self.illegal(event)),
         }
         Ok(run)
     }
 
-    /// 137 means asked for, and what was asked for ends in nothing else; a run in the queue can only be killed or
-    /// dropped.
+    /// 137 and 143 mean asked for, and what was asked for ends in nothing else, but that a kill overrides an abort; a
+    /// run in the queue can otherwise only be dropped.
     fn may_end_so(&self, result: &RunResult) -> bool {
-        let killed = *result == RunResult::Killed;
-        let dropped = result.end().0 == Status::Dropped;
-        killed == self.kill.is_some() && (killed || dropped == (self.status() == Status::Queued))
+        match self.asked() {
+            Some(asked) => *result == asked,
+            None => {
+                let dropped = result.end().0 == Status::Dropped;
+                !matches!(result, RunResult::Killed | RunResult::Aborted)
+                    && dropped == (self.status() == Status::Queued)
+            }
+        }
+    }
+
+    /// The end that somebody asked for, if anybody did.
+    #[must_use]
+    pub fn asked(&self) -> Option<RunResult> {
+        match (&self.kill, &self.abort) {
+            (Some(_), _) => Some(RunResult::Killed),
+            (None, Some(_)) => Some(RunResult::Aborted),
+            (None, None) => None,
+        }
     }
 
     fn illegal(&self, event: &RunEvent) -> Illegal {
@@ -338,7 +447,7 @@ impl Run {
         match &self.state {
             State::Queued => Status::Queued,
             State::Started(_) => Status::Started,
-            State::Ended { result, .. } => result.end().0,
+            State::Ended(ended) => ended.result.end().0,
         }
     }
 
@@ -348,13 +457,36 @@ impl Run {
         self.kill.is_some() && !self.status().is_terminal()
     }
 
+    /// An abort was asked for and is not done; a kill overrides it.
+    #[must_use]
+    pub fn is_aborting(&self) -> bool {
+        self.asked() == Some(RunResult::Aborted) && !self.status().is_terminal()
+    }
+
+    /// What the person said who asked for its end.
+    #[must_use]
+    pub fn reason(&self) -> Option<&str> {
+        match (&self.kill, &self.abort) {
+            (Some(kill), _) => kill.reason.as_deref(),
+            (None, Some(abort)) => abort.reason.as_deref(),
+            (None, None) => None,
+        }
+    }
+
+    /// Where its thread stands.
+    #[must_use]
+    pub fn position(&self) -> &Position {
+        self.started()
+            .map_or(&AT_THE_START, |started| &started.position)
+    }
+
     /// What is known since it left the queue, if it did.
     #[must_use]
     pub fn started(&self) -> Option<&Started> {
         match &self.state {
             State::Queued => None,
             State::Started(started) => Some(started),
-            State::Ended { started, .. } => started.as_ref(),
+            State::Ended(ended) => ended.started.as_deref(),
         }
     }
 
@@ -362,7 +494,7 @@ impl Run {
     #[must_use]
     pub fn ended(&self) -> Option<(&RunResult, u64)> {
         match &self.state {
-            State::Ended { result, at, .. } => Some((result, *at)),
+            State::Ended(ended) => Some((&ended.result, ended.at)),
             _ => None,
         }
     }
@@ -378,6 +510,7 @@ impl Run {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::worker::Cause;
     use super::*;
 
     fn any_event() -> impl Strategy<Value = RunEvent> {
@@ -390,6 +523,7 @@ mod tests {
             RunResult::ExitCode(3),
             RunResult::Timeout,
             RunResult::Killed,
+            RunResult::Aborted,
             RunResult::QueueFull,
             RunResult::WorkerDied,
         ]);
@@ -404,7 +538,8 @@ mod tests {
             }),
             (0..3_u8, 0..4_u32).prop_map(move |(invocation, attempt)| RunEvent::Dispatched {
                 place: place(invocation),
-                attempt
+                attempt,
+                boot_id: "b".to_owned(),
             }),
             (0..4_u32, "[a-c]|__start__").prop_map(|(round, role)| {
                 RunEvent::ThreadWorkflowMessage {
@@ -420,14 +555,23 @@ mod tests {
             (0..4_u32).prop_map(|attempt| RunEvent::WorkerLost {
                 invocation: "0".to_owned(),
                 attempt,
-                cause: "signal SIGKILL".to_owned(),
+                death: Death::of(Cause::Signal),
             }),
             (any::<bool>(), 0..9_u64).prop_map(|(reason, grace_us)| {
                 RunEvent::KillRequested(KillRequest {
                     reason: reason.then(|| "r".to_owned()),
                     grace_us,
+                    by: None,
                 })
             }),
+            Just(RunEvent::AbortRequested(AbortRequest {
+                reason: None,
+                by: Caller {
+                    uid: 0,
+                    pid: None,
+                    comm: None
+                },
+            })),
             results.prop_map(|result| RunEvent::Ended {
                 result,
                 detail: None
@@ -442,6 +586,7 @@ mod tests {
             max_rounds: None,
             dry_run: false,
             trigger: Value::Null,
+            key: None,
         };
         Run::accept(RunId::from_bits(1), 0, &accepted)
     }
@@ -453,14 +598,16 @@ mod tests {
             for event in events {
                 let Ok(next) = run.after(&event, 1) else { continue };
                 prop_assert!(!run.status().is_terminal(), "a run that ended changed by {event:?}");
-                prop_assert!(next.position.rounds - run.position.rounds <= 1);
+                prop_assert!(next.position().rounds - run.position().rounds <= 1);
+                prop_assert!(run.abort.is_none() || next.abort == run.abort);
                 if run.kill.is_some() {
-                    prop_assert!(next.kill.is_some() && next.position == run.position);
+                    prop_assert!(next.kill.is_some() && next.position() == run.position());
                 }
                 if let Some((result, _)) = next.ended() {
                     prop_assert_eq!(*result == RunResult::Killed, next.kill.is_some());
+                    prop_assert_eq!(*result == RunResult::Aborted, next.kill.is_none() && next.abort.is_some());
                     let (status, _) = result.end();
-                    prop_assert_eq!(status == Status::Dropped, next.started().is_none() && next.kill.is_none());
+                    prop_assert_eq!(status == Status::Dropped, next.started().is_none() && next.asked().is_none());
                 }
                 let stored: RunEvent = serde_json::from_str(&serde_json::to_string(&event).unwrap()).unwrap();
                 prop_assert_eq!(stored, event);

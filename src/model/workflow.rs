@@ -4,6 +4,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use sha2::{Digest as _, Sha256};
+
+use super::hex::hex;
+use super::limits;
 use super::message::{ERROR, OK};
 use super::name::{RoleName, WorkflowName};
 use super::run::Digest;
@@ -34,6 +38,8 @@ pub struct Workflow {
     pub overflow: Overflow,
     /// Runs that may wait.
     pub max_queue: u32,
+    /// What happens when more would wait.
+    pub on_full: OnFull,
     /// A run that takes longer, its queue time not counted, ends 124.
     pub timeout: Option<Duration>,
     /// The kinds of work.
@@ -49,6 +55,19 @@ pub struct Workflow {
 pub enum Overflow {
     /// It waits.
     Queue,
+    /// It is dropped: nothing ever waits.
+    Drop,
+    /// It waits instead of the one that waited: only the newest does.
+    Latest,
+}
+
+/// What happens to a start that has to wait when the queue is full.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnFull {
+    /// It waits, and the one that has waited longest is dropped.
+    Evict,
+    /// It is dropped.
+    Refuse,
 }
 
 /// One kind of work: a command.
@@ -91,7 +110,7 @@ impl Graph {
 }
 
 /// What a definition may say about its worker unit, in systemd's own terms.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub struct WorkerSettings {
     /// A static user; without one the unit has a dynamic user of its own.
     pub user: Option<String>,
@@ -115,10 +134,33 @@ pub struct WorkerSettings {
     pub read_only_paths: Vec<String>,
     /// No network but a loopback of its own.
     pub private_network: Option<bool>,
+    /// In this time…
+    pub start_limit_interval: Option<Duration>,
+    /// …it may die so often before the workflow is blocked.
+    pub start_limit_burst: Option<u32>,
+}
+
+impl WorkerSettings {
+    /// Tells these settings from others: 32 hex digits. An update of nerve may change it, and then workers are
+    /// replaced by new ones.
+    #[must_use]
+    pub fn digest(&self) -> String {
+        hex(&Sha256::digest(format!("{self:?}"))[..16])
+    }
+
+    /// Interval and burst of the crash limit, systemd's and nerved's.
+    #[must_use]
+    pub fn start_limit(&self) -> (Duration, u32) {
+        let (interval, burst) = limits::START_LIMIT;
+        (
+            self.start_limit_interval.unwrap_or(interval),
+            self.start_limit_burst.unwrap_or(burst),
+        )
+    }
 }
 
 /// A limit in absolute terms or relative to what the machine has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Limit {
     /// `u64::MAX` is `infinity`.
     Absolute(u64),

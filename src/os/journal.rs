@@ -2,6 +2,7 @@
 //! (<https://systemd.io/JOURNAL_NATIVE_PROTOCOL/>).
 
 use std::io;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use tokio::net::UnixDatagram;
@@ -39,6 +40,36 @@ impl Journal {
             Err(_) => Err(io::ErrorKind::TimedOut.into()),
         }
     }
+}
+
+/// The last `bytes` of what an invocation of a unit has in the journal, for people; empty when there is nothing, or
+/// nobody to ask. Uses journalctl(1): reading the journal's files is a library of its own.
+pub async fn last_words(invocation: &str, bytes: usize) -> String {
+    let matches = format!("_SYSTEMD_INVOCATION_ID={invocation}");
+    let read = move || {
+        // What was written last may still be on its way.
+        let _ = Command::new("journalctl")
+            .arg("--sync")
+            .stdin(Stdio::null())
+            .output();
+        let lines = [
+            "--no-pager",
+            "--quiet",
+            "--output=cat",
+            "--lines=200",
+            &matches,
+        ];
+        Command::new("journalctl")
+            .args(lines)
+            .stdin(Stdio::null())
+            .output()
+    };
+    let Ok(Ok(output)) = tokio::task::spawn_blocking(read).await else {
+        return String::new();
+    };
+    let words = output.stdout.trim_ascii_end();
+    let from = words.len().saturating_sub(bytes);
+    String::from_utf8_lossy(&words[from..]).into_owned()
 }
 
 fn serialize(fields: &[(&str, &[u8])]) -> Vec<u8> {

@@ -1,34 +1,34 @@
 //! What nerve remembers: one SQLite database, one writer, WAL, `synchronous=FULL`.
 //!
-//! Events and the runs they change are written in one transaction. Only the manager's driver writes; everybody reads
-//! what is committed, through the same thread ([`Handle`]), so that nobody is ever told something that the database
+//! Events and the runs they change are written in one transaction. Only the manager writes, turns by its driver and definitions by
+//! who reads them; everybody reads what is committed, through the same thread ([`Handle`]), so that nobody is ever told something that the database
 //! does not say.
 
+mod checkpoint;
+mod moments;
 mod read;
 mod schema;
 #[cfg(test)]
 mod tests;
 mod thread;
 
-use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use rusqlite::{Connection, OpenFlags, params};
 
-use crate::engine::Staged;
-use crate::model::name::{RunId, RunTail, WorkflowName};
-use crate::model::run::Run;
+use crate::engine::{Event, Turn};
+use crate::model::name::{RunTail, WorkflowName};
+use crate::model::run::RunEvent;
 use crate::model::status::UnknownWord;
 use crate::model::workflow::Definition;
 
+pub use moments::Moments;
 pub use read::{EventRow, Found, Round, RunFilter, RunRow, ThreadRange};
 pub use thread::Handle;
 
 /// Below this SQLite a database in WAL mode can be damaged by its own log reset.
 const OLDEST_SQLITE: i32 = 3_051_003;
-/// The log is checkpointed when it has grown to so many pages, and keeps that size.
-const WAL_PAGES: u32 = 1_000;
 
 /// Why the store could not do something.
 #[derive(Debug, thiserror::Error)]
@@ -121,65 +121,114 @@ impl Store {
             return Err(Error::Damaged(verdict));
         }
         schema::migrate(&mut connection)?;
+        checkpoint::install(&mut connection)?;
         Ok(Self {
             connection,
             _lock: lock,
         })
     }
 
-    /// Makes one turn durable: its events and the runs as they are afterwards, in one transaction.
+    /// Makes one turn durable: its events and what they add up to, in one transaction.
     ///
     /// # Errors
     /// When it may or may not be stored: the caller must treat the outcome as unknown, except for
     /// [`Error::is_full`].
-    pub fn commit(&mut self, events: &[Staged], runs: &BTreeMap<RunId, Run>) -> Result<(), Error> {
+    pub fn commit(&mut self, turn: &Turn) -> Result<(), Error> {
         let transaction = self
             .connection
             .transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
         {
-            let mut insert = transaction
-                .prepare_cached("INSERT INTO events (source, type, ref, payload, at) VALUES ('workflow', ?1, ?2, ?3, ?4)")?;
-            for staged in events {
-                let payload = serde_json::to_string(&staged.event)
-                    .map_err(|source| Error::Event { seq: 0, source })?;
-                insert.execute(params![
-                    staged.event.name(),
-                    staged.run.to_string(),
-                    payload,
-                    sql(staged.at)
-                ])?;
-            }
-            let mut upsert = transaction.prepare_cached(
-                "INSERT INTO workflow_runs (run, tail, workflow, status, killing, exit_code, result, reason, rounds,
-                     max_rounds, dry_run, trigger, definition, created_at, started_at, ended_at)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16)
-                 ON CONFLICT (run) DO UPDATE SET status = ?4, killing = ?5, exit_code = ?6, result = ?7, reason = ?8,
-                     rounds = ?9, max_rounds = ?10, definition = ?13, started_at = ?15, ended_at = ?16",
+            let mut append = transaction.prepare_cached(
+                "INSERT INTO events (source, type, ref, payload, at) VALUES (?1, ?2, ?3, ?4, ?5)",
             )?;
-            for run in runs.values() {
-                let id = run.id.to_string();
-                let tail: String = id.chars().rev().collect();
+            let mut accept = transaction.prepare_cached(
+                "INSERT INTO workflow_runs (run, tail, workflow, status, killing, rounds, dry_run, trigger, key, created_at)
+                 VALUES (?1, ?2, ?3, 'queued', FALSE, 0, ?4, ?5, ?6, ?7)",
+            )?;
+            for staged in &turn.events {
+                let (source, name, subject, payload) = match &staged.event {
+                    Event::Run(run, event) => (
+                        "workflow",
+                        event.name(),
+                        run.to_string(),
+                        serde_json::to_string(event),
+                    ),
+                    Event::Worker(name, event) => (
+                        "workflow",
+                        event.name(),
+                        name.to_string(),
+                        serde_json::to_string(event),
+                    ),
+                    Event::Manager(event) => (
+                        "system",
+                        event.name(),
+                        "nerve".to_owned(),
+                        serde_json::to_string(event),
+                    ),
+                };
+                let payload = payload.map_err(|source| Error::Event { seq: 0, source })?;
+                append.execute(params![source, name, subject, payload, sql(staged.at)])?;
+                if let Event::Run(run, RunEvent::Queued(accepted)) = &staged.event {
+                    let id = run.to_string();
+                    accept.execute(params![
+                        id,
+                        id.chars().rev().collect::<String>(),
+                        accepted.workflow.as_str(),
+                        accepted.dry_run,
+                        accepted.trigger.to_string(),
+                        accepted.key,
+                        sql(staged.at),
+                    ])?;
+                }
+            }
+            let mut update = transaction.prepare_cached(
+                "UPDATE workflow_runs SET status = ?2, killing = ?3, aborting = ?4, exit_code = ?5, result = ?6,
+                     reason = ?7, rounds = ?8, max_rounds = ?9, definition = ?10, started_at = ?11, ended_at = ?12
+                 WHERE run = ?1",
+            )?;
+            for run in turn.runs.values() {
                 let (started, ended) = (run.started(), run.ended());
-                upsert.execute(params![
-                    id,
-                    tail,
-                    run.workflow.as_str(),
+                update.execute(params![
+                    run.id.to_string(),
                     run.status().as_str(),
                     run.is_killing(),
+                    run.is_aborting(),
                     ended.map(|(result, _)| result.end().1),
                     ended.map(|(result, _)| result.to_string()),
-                    run.kill.as_ref().and_then(|kill| kill.reason.as_deref()),
-                    run.position.rounds,
+                    run.reason(),
+                    run.position().rounds,
                     run.max_rounds,
-                    run.dry_run,
-                    run.trigger.to_string(),
                     started.map(|started| &started.definition),
-                    sql(run.created_at),
                     started.map(|started| sql(started.at)),
                     ended.map(|(_, at)| sql(at)),
                 ])?;
             }
+            for (workflow, record) in &turn.workers {
+                let record = serde_json::to_string(record)
+                    .map_err(|source| Error::Event { seq: 0, source })?;
+                transaction.execute(
+                    "INSERT INTO workers (workflow, record) VALUES (?1, ?2)
+                     ON CONFLICT (workflow) DO UPDATE SET record = ?2",
+                    params![workflow.as_str(), record],
+                )?;
+            }
+            match &turn.pause {
+                Some(Some(pause)) => {
+                    let pause = serde_json::to_string(pause)
+                        .map_err(|source| Error::Event { seq: 0, source })?;
+                    transaction.execute(
+                        "INSERT INTO manager (name, value) VALUES ('pause', ?1)
+                         ON CONFLICT (name) DO UPDATE SET value = ?1",
+                        [pause],
+                    )?;
+                }
+                Some(None) => {
+                    transaction.execute("DELETE FROM manager WHERE name = 'pause'", [])?;
+                }
+                None => {}
+            }
         }
+        Moments::of(turn).before_commit();
         transaction.commit()?;
         Ok(())
     }
@@ -277,11 +326,8 @@ fn configure(connection: &Connection) -> Result<(), Error> {
     set("foreign_keys", "ON", "1")?;
     set("trusted_schema", "OFF", "0")?;
     set("cell_size_check", "ON", "1")?;
-    set(
-        "wal_autocheckpoint",
-        &WAL_PAGES.to_string(),
-        &WAL_PAGES.to_string(),
-    )?;
+    // Our own hook does it.
+    set("wal_autocheckpoint", "0", "0")?;
     connection.set_prepared_statement_cache_capacity(32);
     Ok(())
 }

@@ -5,7 +5,7 @@ use rusqlite::{Connection, TransactionBehavior};
 
 use super::Error;
 
-const MIGRATIONS: [&str; 1] = [
+const MIGRATIONS: [&str; 2] = [
     // `runs` is what the events add up to. `tail` is the id backwards, so that a prefix of it is a tail of the id.
     "CREATE TABLE events (
          seq INTEGER PRIMARY KEY,
@@ -49,6 +49,18 @@ const MIGRATIONS: [&str; 1] = [
      CREATE TABLE workflows (
          name TEXT PRIMARY KEY,
          definition TEXT NOT NULL REFERENCES definitions (digest)
+     ) STRICT, WITHOUT ROWID;",
+    // `workers` and `manager` are what the events of workflows and of the manager add up to.
+    "ALTER TABLE workflow_runs ADD COLUMN aborting INTEGER NOT NULL DEFAULT 0;
+     ALTER TABLE workflow_runs ADD COLUMN key TEXT;
+     CREATE UNIQUE INDEX runs_by_key ON workflow_runs (workflow, key) WHERE key IS NOT NULL;
+     CREATE TABLE workers (
+         workflow TEXT PRIMARY KEY,
+         record TEXT NOT NULL
+     ) STRICT, WITHOUT ROWID;
+     CREATE TABLE manager (
+         name TEXT PRIMARY KEY,
+         value TEXT NOT NULL
      ) STRICT, WITHOUT ROWID;",
 ];
 

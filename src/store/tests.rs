@@ -5,9 +5,12 @@ use std::collections::BTreeMap;
 use serde_json::json;
 
 use super::*;
+use crate::engine::Staged;
 use crate::model::message::Message;
-use crate::model::run::{Accepted, BootInstant, KillRequest, Place, RunEvent};
+use crate::model::name::RunId;
+use crate::model::run::{Accepted, BootInstant, KillRequest, Place, Run};
 use crate::model::status::{RunResult, Status};
+use crate::model::worker::{Cause, Death};
 
 fn id(number: u128) -> RunId {
     RunId::from_bits(0x0193_0000_0000_7000_8000_0000_0000_0000 + number)
@@ -20,6 +23,7 @@ fn accepted(prompt: &str) -> RunEvent {
         max_rounds: Some(7),
         dry_run: false,
         trigger: json!({"type": "client", "uid": 0}),
+        key: None,
     })
 }
 
@@ -49,6 +53,7 @@ fn life() -> Vec<RunEvent> {
                 cgroup: "/c".to_owned(),
             },
             attempt: 1,
+            boot_id: "b".to_owned(),
         },
         RunEvent::ThreadWorkflowMessage {
             round: 1,
@@ -57,7 +62,7 @@ fn life() -> Vec<RunEvent> {
         RunEvent::WorkerLost {
             invocation: "i".to_owned(),
             attempt: 1,
-            cause: "signal SIGKILL".to_owned(),
+            death: Death::of(Cause::Signal),
         },
         RunEvent::Dispatched {
             place: Place {
@@ -65,6 +70,7 @@ fn life() -> Vec<RunEvent> {
                 cgroup: "/c".to_owned(),
             },
             attempt: 2,
+            boot_id: "b".to_owned(),
         },
         RunEvent::ThreadWorkflowMessage {
             round: 2,
@@ -73,6 +79,7 @@ fn life() -> Vec<RunEvent> {
         RunEvent::KillRequested(KillRequest {
             reason: Some("why".to_owned()),
             grace_us: 1,
+            by: None,
         }),
         RunEvent::Ended {
             result: RunResult::Killed,
@@ -104,14 +111,13 @@ fn commit(store: &mut Store, id: RunId, events: &[RunEvent]) -> Run {
             (Some(run), event) => run.after(event, at).unwrap(),
             _ => panic!("begins with {event:?}"),
         };
-        let staged = Staged {
-            run: id,
-            event: event.clone(),
-            at,
+        let event = Event::Run(id, event.clone());
+        let turn = Turn {
+            events: vec![Staged { event, at }],
+            runs: BTreeMap::from([(id, next.clone())]),
+            ..Turn::default()
         };
-        store
-            .commit(&[staged], &BTreeMap::from([(id, next.clone())]))
-            .unwrap();
+        store.commit(&turn).unwrap();
         run = Some(next);
     }
     run.unwrap()
@@ -137,7 +143,7 @@ fn open_runs_are_rebuilt_from_their_events_at_every_point_of_a_life() {
         let row = store.run(id(1)).unwrap().unwrap();
         assert_eq!(
             (row.status, row.killing, row.rounds),
-            (run.status(), run.is_killing(), run.position.rounds)
+            (run.status(), run.is_killing(), run.position().rounds)
         );
         assert_eq!(row.exit_code, run.ended().map(|(result, _)| result.end().1));
         assert_eq!(store.events(id(1)).unwrap().len(), length);
@@ -206,7 +212,7 @@ fn events_leave_out_what_is_large_and_said_elsewhere() {
         .iter()
         .map(|event| event.payload.clone())
         .collect();
-    assert!(all.contains("\"round\":1") && all.contains("SIGKILL"));
+    assert!(all.contains("\"round\":1") && all.contains("\"cause\":\"signal\""));
     for large in ["do it", "a said", "noise"] {
         assert!(!all.contains(large), "{large}");
     }

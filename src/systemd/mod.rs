@@ -1,33 +1,43 @@
-//! systemd over D-Bus, and nothing but that: start a worker unit, read it, hear of its changes.
+//! systemd over D-Bus, and nothing but that: start a worker unit, read it, report its changes.
 //!
-//! One [`Systemd`] lives as long as its bus connection. Signals are only hints that something changed: what counts is
-//! read anew each time (org.freedesktop.systemd1(5)).
+//! One [`Systemd`] lives as long as its bus connection, and so does the [`Watch`] that reports for it.
 
+mod lives;
 mod properties;
 mod proxy;
+mod reading;
+mod watch;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
-use futures_util::StreamExt as _;
 use tokio::sync::mpsc;
-use zbus::wire::{OwnedObjectPath, OwnedVariant};
-use zbus::{Connection, MatchRule, MessageStream, fdo, message};
+use zbus::wire::OwnedObjectPath;
+use zbus::{Connection, fdo};
 
-use crate::engine::{Unit, UnitState};
-use crate::model::exit::Exit;
-use crate::model::hex::hex;
+use crate::engine::{ReadId, Stop, Unit, UnitState};
 use crate::model::name::WorkflowName;
 use crate::model::workflow::WorkerSettings;
 
 pub use properties::WorkerUnit;
 use proxy::{ManagerProxy, PropertiesProxy};
+use reading::Properties;
+pub use watch::Watch;
 
 const SERVICE: &str = "org.freedesktop.systemd1";
+const MANAGER_PATH: &str = "/org/freedesktop/systemd1";
 const UNITS: &str = "/org/freedesktop/systemd1/unit";
+const MANAGER: &str = "org.freedesktop.systemd1.Manager";
 const UNIT: &str = "org.freedesktop.systemd1.Unit";
 const UNIT_SERVICE: &str = "org.freedesktop.systemd1.Service";
-/// Where systemd keeps the files of transient units.
-const TRANSIENT: &str = "/run/systemd/transient/";
+const JOB: &str = "org.freedesktop.systemd1.Job";
+/// What nerved itself runs in.
+const NERVE: &str = "nerve.service";
+/// As long as other clients wait for an answer: systemd may be busy, but it may also hang.
+const PATIENCE: Duration = Duration::from_secs(25);
 
 /// Why a worker unit was not started.
 #[derive(Debug, thiserror::Error)]
@@ -35,22 +45,32 @@ pub enum StartError {
     /// systemd does not want it; its words.
     #[error("{0}")]
     Refused(String),
-    /// There is such a unit; the caller reads how it is.
+    /// There is such a unit, ours or not; the caller has it reported.
     #[error("there is such a unit already")]
     Exists,
-    /// Whether it was started is unknown: the bus or systemd is in trouble.
-    #[error("bus")]
-    Bus(#[from] zbus::Error),
+    /// Not now, or whether it was started is unknown: the bus or systemd is in trouble, or going down.
+    #[error("systemd or the bus is in trouble")]
+    Trouble(#[from] zbus::Error),
 }
 
 /// Who a worker unit's main process is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
+    /// When systemd was asked.
+    pub read: ReadId,
     pub main_pid: u32,
     /// 32 hex digits.
     pub invocation: String,
     /// The unit's cgroup below the cgroup root.
     pub cgroup: String,
+    /// The digest of the settings that it was started with.
+    pub settings: Option<String>,
+}
+
+/// A number for a question that is about to be put to systemd. On one connection answers are as old as their questions.
+pub fn next_read() -> ReadId {
+    static READS: AtomicU64 = AtomicU64::new(1);
+    READS.fetch_add(1, Ordering::Relaxed)
 }
 
 /// systemd, as long as the bus connection lasts.
@@ -58,22 +78,31 @@ pub struct Identity {
 pub struct Systemd {
     connection: Connection,
     manager: ManagerProxy<'static>,
+    requests: mpsc::UnboundedSender<WorkflowName>,
 }
 
-type Properties = HashMap<String, OwnedVariant>;
+/// A worker unit as it was read.
+struct Read {
+    unit: Unit,
+    /// The job that it is being started by, 0 for none; `None` when it will be started again.
+    start_job: Option<u32>,
+    is_stopped_by_job: bool,
+}
 
 impl Systemd {
-    /// Begins to listen.
+    /// Begins to listen. The [`Watch`] has to be run at once, and for as long as there is anything to ask.
     ///
     /// # Errors
     /// When systemd does not answer.
-    pub async fn connect(connection: &Connection) -> zbus::Result<Self> {
-        let manager = ManagerProxy::new(connection).await?;
-        manager.subscribe().await?;
-        Ok(Self {
+    pub async fn connect(connection: &Connection) -> zbus::Result<(Self, Watch)> {
+        let (requests, requested) = mpsc::unbounded_channel();
+        let systemd = Self {
             connection: connection.clone(),
-            manager,
-        })
+            manager: ManagerProxy::new(connection).await?,
+            requests,
+        };
+        let watch = Watch::new(systemd.clone(), requested).await?;
+        Ok((systemd, watch))
     }
 
     /// Starts a worker unit; returns when systemd has taken the job.
@@ -86,111 +115,138 @@ impl Systemd {
         settings: &WorkerSettings,
     ) -> Result<(), StartError> {
         let name = unit.workflow.unit();
-        // A failed unit keeps its name until it is reset; a reset also forgets systemd's count of starts.
-        if let Some(path) = self.path(&name).await? {
-            let unit = self.read(&path, UNIT).await?;
-            if text(&unit, "ActiveState") == "failed" && is_ours(&text(&unit, "FragmentPath")) {
-                self.manager.reset_failed_unit(&name).await?;
+        // A failed unit keeps its name until it is reset.
+        if let Some(unit) = self.properties(&name).await?
+            && reading::text(&unit, "ActiveState") == "failed"
+            && reading::is_ours(&unit)
+        {
+            match patiently(self.manager.reset_failed_unit(&name)).await {
+                Err(error) if is_trouble(&error) => return Err(StartError::Trouble(error)),
+                // Somebody else was faster.
+                _ => {}
             }
         }
-        let started = self
+        let properties = unit.properties(settings);
+        let start = self
             .manager
-            .start_transient_unit(&name, "fail", &unit.properties(settings), &[])
-            .await;
-        match started {
+            .start_transient_unit(&name, "fail", &properties, &[]);
+        match patiently(start).await {
             Ok(_) => Ok(()),
-            Err(zbus::Error::MethodError(error, ..))
-                if error.as_str() == "org.freedesktop.systemd1.UnitExists" =>
-            {
-                match self.obstacle(&name).await? {
-                    Some(obstacle) => Err(StartError::Refused(obstacle)),
-                    None => Err(StartError::Exists),
-                }
+            Err(error) if is_named(&error, "org.freedesktop.systemd1.UnitExists") => {
+                Err(StartError::Exists)
             }
-            Err(error) if is_trouble(&error) => Err(StartError::Bus(error)),
+            Err(error) if is_trouble(&error) => Err(StartError::Trouble(error)),
             Err(zbus::Error::MethodError(_, Some(words), _)) => Err(StartError::Refused(words)),
             Err(error) => Err(StartError::Refused(error.to_string())),
         }
     }
 
-    /// What stands in the way: a unit of this name that is not ours. It is looked at, never touched.
-    async fn obstacle(&self, name: &str) -> zbus::Result<Option<String>> {
-        // A file on disk is no loaded unit until somebody asks for it.
-        let path = self.manager.load_unit(name).await?;
-        let unit = self.read(&path, UNIT).await?;
-        let file = text(&unit, "FragmentPath");
-        Ok(match text(&unit, "LoadState").as_str() {
-            "masked" => Some(format!("{name} is masked: systemctl unmask {name}")),
-            _ if is_ours(&file) => None,
-            _ => Some(format!(
-                "{file} stands in the way: nerve makes {name} itself; use a drop-in in {name}.d/ instead"
-            )),
-        })
+    /// Has systemd forget that a worker unit failed, and how often it was started; only if it is ours.
+    ///
+    /// # Errors
+    /// When systemd does not answer.
+    pub async fn reset(&self, workflow: &WorkflowName) -> zbus::Result<()> {
+        let name = workflow.unit();
+        match self.properties(&name).await? {
+            Some(unit) if reading::is_ours(&unit) => {
+                patiently(self.manager.reset_failed_unit(&name)).await
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Has the [`Watch`] report a worker unit, whether it changed or not.
+    pub fn look_at(&self, workflow: WorkflowName) {
+        // Without a watch the connection is at its end, and all is read when there is a new one.
+        let _ = self.requests.send(workflow);
+    }
+
+    /// Has systemd send signals. Twice does no harm.
+    async fn subscribe(&self) -> zbus::Result<()> {
+        match patiently(self.manager.subscribe()).await {
+            Err(error) if is_named(&error, "org.freedesktop.systemd1.AlreadySubscribed") => Ok(()),
+            subscribed => subscribed,
+        }
+    }
+
+    /// The workflows of all worker units that systemd knows.
+    async fn workers(&self) -> zbus::Result<BTreeSet<WorkflowName>> {
+        let list = self
+            .manager
+            .list_units_by_patterns(&[], &["nerve-wf@*.service"]);
+        let units = patiently(list).await?;
+        let workflows = units.iter().map(|unit| WorkflowName::of_unit(&unit.0));
+        Ok(workflows.flatten().collect())
     }
 
     /// How a worker unit is.
-    ///
-    /// # Errors
-    /// When systemd does not answer.
-    pub async fn unit(&self, workflow: &WorkflowName) -> zbus::Result<Unit> {
-        let absent = Unit {
-            state: UnitState::Absent,
-            exit: None,
-            detail: String::new(),
+    async fn read(&self, workflow: &WorkflowName) -> zbus::Result<Read> {
+        let name = workflow.unit();
+        let Some(properties) = self.properties(&name).await? else {
+            let unit = self.on_disk(&name).await?;
+            return Ok(Read {
+                unit,
+                start_job: None,
+                is_stopped_by_job: false,
+            });
         };
-        let Some(path) = self.path(&workflow.unit()).await? else {
-            return Ok(absent);
+        let unit = reading::unit(&name, &properties);
+        let is_stopped_by_job = match reading::job(&properties) {
+            Some((_, job)) if unit.state == UnitState::Stopping => self.is_stop(job).await?,
+            _ => false,
         };
-        let (unit, service) = (
-            self.read(&path, UNIT).await?,
-            self.read(&path, UNIT_SERVICE).await?,
-        );
-        let has_job = get::<(u32, OwnedObjectPath)>(&unit, "Job").is_some_and(|(id, _)| id != 0);
-        let state = match text(&unit, "ActiveState").as_str() {
-            // Somebody else's: to start ours is to be told so.
-            _ if !is_ours(&text(&unit, "FragmentPath")) => UnitState::Absent,
-            "active" | "reloading" => UnitState::Active,
-            "deactivating" => UnitState::Stopping,
-            // Between two starts a unit that restarts looks dead for a moment, but has a job.
-            "failed" | "inactive" if has_job => UnitState::Starting,
-            "failed" => UnitState::Failed,
-            "inactive" => UnitState::Absent,
-            _ => UnitState::Starting,
-        };
-        let status = get::<i32>(&service, "ExecMainStatus").unwrap_or_default();
-        let exit = match get::<i32>(&service, "ExecMainCode").unwrap_or_default() {
-            libc::CLD_EXITED => Some(Exit::Code(status)),
-            libc::CLD_KILLED | libc::CLD_DUMPED => Some(Exit::Signal(status)),
-            _ => None,
-        };
-        let how = exit
-            .as_ref()
-            .map_or_else(|| "not started".to_owned(), ToString::to_string);
-        let detail = format!("{}: {} ({how})", workflow.unit(), text(&service, "Result"));
-        Ok(Unit {
-            state,
-            exit,
-            detail,
+        let start_job = reading::glimpse(&properties).start_job();
+        Ok(Read {
+            unit,
+            start_job,
+            is_stopped_by_job,
         })
     }
 
-    /// How every worker unit is that systemd knows.
-    ///
-    /// # Errors
-    /// When systemd does not answer.
-    pub async fn units(&self) -> zbus::Result<BTreeMap<WorkflowName, Unit>> {
-        let mut units = BTreeMap::new();
-        for entry in self
-            .manager
-            .list_units_by_patterns(&[], &["nerve-wf@*.service"])
-            .await?
-        {
-            if let Some(workflow) = WorkflowName::of_unit(&entry.0) {
-                let unit = self.unit(&workflow).await?;
-                units.insert(workflow, unit);
+    /// A unit that is not loaded: absent, unless there is a file of that name. (To load it would only be to see it
+    /// unloaded at once, and that is a change to look at.)
+    async fn on_disk(&self, name: &str) -> zbus::Result<Unit> {
+        match patiently(self.manager.get_unit_file_state(name)).await {
+            Ok(state) if state != "transient" => {
+                let file = self.file_of(name).await?;
+                let why = reading::obstacle_of_file(name, &state, file.as_deref());
+                Ok(reading::foreign(why))
             }
+            Err(error) if is_trouble(&error) => Err(error),
+            _ => Ok(Unit::absent(0)),
         }
-        Ok(units)
+    }
+
+    /// Which file makes a unit of this name, or of all names like it.
+    async fn file_of(&self, name: &str) -> zbus::Result<Option<String>> {
+        let patterns = [name, "nerve-wf@.service"];
+        let list = self.manager.list_unit_files_by_patterns(&[], &patterns);
+        let mut files = patiently(list).await?;
+        files.sort();
+        Ok(files.pop().map(|(path, _)| path))
+    }
+
+    async fn is_stop(&self, job: OwnedObjectPath) -> zbus::Result<bool> {
+        match self.property(job, JOB, "JobType").await {
+            Ok(job) => Ok(is_stop(&job)),
+            Err(error) if is_trouble(&error) => Err(error),
+            // It is done; that it was there, has been heard.
+            Err(_) => Ok(false),
+        }
+    }
+
+    /// Whose wish it is that a worker unit is stopped, to be asked while it is, or soon after. Its worker is stopped
+    /// before nerve is, so while nerve has a job to stop, or to restart, it is that.
+    async fn stopped_by(&self) -> zbus::Result<Stop> {
+        let nerve = patiently(self.manager.list_units_by_patterns(&[], &[NERVE])).await?;
+        let is_going = nerve
+            .iter()
+            .any(|unit| unit.3 == "deactivating" || is_stop(&unit.8));
+        let manager = OwnedObjectPath::try_from(MANAGER_PATH)?;
+        if is_going || self.property(manager, MANAGER, "SystemState").await? == "stopping" {
+            return Ok(Stop::GoingDown);
+        }
+        Ok(Stop::Operator)
     }
 
     /// Who a worker unit's main process is; `None` when there is no such unit.
@@ -198,161 +254,110 @@ impl Systemd {
     /// # Errors
     /// When systemd does not answer.
     pub async fn identity(&self, workflow: &WorkflowName) -> zbus::Result<Option<Identity>> {
-        let Some(path) = self.path(&workflow.unit()).await? else {
+        let read = next_read();
+        let Some(unit) = self.properties(&workflow.unit()).await? else {
             return Ok(None);
         };
-        let (unit, service) = (
-            self.read(&path, UNIT).await?,
-            self.read(&path, UNIT_SERVICE).await?,
-        );
-        let invocation: Vec<u8> = get(&unit, "InvocationID").unwrap_or_default();
         Ok(Some(Identity {
-            main_pid: get(&service, "MainPID").unwrap_or_default(),
-            invocation: hex(&invocation),
-            cgroup: text(&service, "ControlGroup"),
+            read,
+            main_pid: reading::get(&unit, "MainPID").unwrap_or_default(),
+            invocation: reading::invocation(&unit),
+            cgroup: reading::text(&unit, "ControlGroup"),
+            settings: reading::settings(&unit),
         }))
     }
 
-    /// The workflows whose worker unit may have changed. It ends with the connection.
-    ///
-    /// # Errors
-    /// When the bus does not take the subscription.
-    pub async fn changes(&self) -> zbus::Result<mpsc::UnboundedReceiver<WorkflowName>> {
-        let signals = || {
-            MatchRule::builder()
-                .msg_type(message::Type::Signal)
-                .sender(SERVICE)
-        };
-        let changed = signals()
-            .path_namespace(UNITS)
-            .interface("org.freedesktop.DBus.Properties")
-            .member("PropertiesChanged")
-            .build()?;
-        let removed = signals()
-            .interface("org.freedesktop.systemd1.Manager")
-            .member("UnitRemoved")
-            .build()?;
-        let changed = MessageStream::for_match_rule(changed, &self.connection, None).await?;
-        let removed = MessageStream::for_match_rule(removed, &self.connection, None).await?;
-        let mut signals = futures_util::stream::select(changed, removed);
-        let (sender, workflows) = mpsc::unbounded_channel();
-        // A task of its own: a stream that is not read holds up all of the connection, answers to calls included.
-        tokio::spawn(async move {
-            while let Some(Ok(signal)) = signals.next().await {
-                if let Some(workflow) = unit_of(&signal)
-                    && sender.send(workflow).is_err()
-                {
-                    return;
-                }
+    /// All properties of a unit and of its service at one moment; `None` when it is not loaded.
+    async fn properties(&self, name: &str) -> zbus::Result<Option<Properties>> {
+        let path = match patiently(self.manager.get_unit(name)).await {
+            Ok(path) => path,
+            Err(error) if is_named(&error, "org.freedesktop.systemd1.NoSuchUnit") => {
+                return Ok(None);
             }
-        });
-        Ok(workflows)
-    }
-
-    async fn path(&self, name: &str) -> zbus::Result<Option<OwnedObjectPath>> {
-        match self.manager.get_unit(name).await {
-            Ok(path) => Ok(Some(path)),
-            Err(zbus::Error::MethodError(error, ..))
-                if error.as_str() == "org.freedesktop.systemd1.NoSuchUnit" =>
-            {
+            Err(error) => return Err(error),
+        };
+        let properties = PropertiesProxy::builder(&self.connection)
+            .path(path)
+            .build()
+            .await?;
+        // Without an interface systemd takes all of them.
+        match patiently(properties.get_all("")).await {
+            Ok(properties) => Ok(Some(properties)),
+            // It went away between two calls.
+            Err(zbus::Error::FDO(error)) if matches!(*error, fdo::Error::UnknownObject(_)) => {
                 Ok(None)
             }
             Err(error) => Err(error),
         }
     }
 
-    async fn read(&self, path: &OwnedObjectPath, interface: &str) -> zbus::Result<Properties> {
+    async fn property(
+        &self,
+        path: OwnedObjectPath,
+        interface: &str,
+        name: &str,
+    ) -> zbus::Result<String> {
         let properties = PropertiesProxy::builder(&self.connection)
-            .path(path.clone())
+            .path(path)
             .build()
             .await?;
-        match properties.get_all(interface).await {
-            // It went away between two calls.
-            Err(zbus::Error::FDO(error))
-                if matches!(
-                    *error,
-                    fdo::Error::UnknownObject(_) | fdo::Error::UnknownInterface(_)
-                ) =>
-            {
-                Ok(Properties::new())
-            }
-            all => all,
-        }
+        patiently(properties.get(interface, name)).await?.try_into()
     }
 }
 
-/// The workflow whose worker unit a signal is about.
-fn unit_of(signal: &message::Message) -> Option<WorkflowName> {
-    let header = signal.header();
-    if header.member()?.as_str() == "UnitRemoved" {
-        let (unit, _): (String, OwnedObjectPath) = signal.body().deserialize().ok()?;
-        return WorkflowName::of_unit(&unit);
-    }
-    let label = header.path()?.strip_prefix(UNITS)?.strip_prefix('/')?;
-    WorkflowName::of_unit(&unescape(label))
+/// Waits for an answer, but not for ever.
+async fn patiently<T>(call: impl Future<Output = zbus::Result<T>>) -> zbus::Result<T> {
+    let answer = tokio::time::timeout(PATIENCE, call).await;
+    answer.unwrap_or_else(|_| {
+        let error = io::Error::new(io::ErrorKind::TimedOut, "systemd does not answer");
+        Err(zbus::Error::InputOutput(Arc::new(error)))
+    })
 }
 
-/// Whether a unit with this file, or none yet, is one that nerve made.
-fn is_ours(file: &str) -> bool {
-    file.is_empty() || file.starts_with(TRANSIENT)
+/// Whether a job of this type stops the unit.
+fn is_stop(job: &str) -> bool {
+    matches!(job, "stop" | "restart" | "try-restart")
 }
 
-/// Errors that say nothing about the request: the answer is not there, rather than no.
+fn is_named(error: &zbus::Error, name: &str) -> bool {
+    matches!(error, zbus::Error::MethodError(error, ..) if error.as_str() == name)
+}
+
+/// Errors that say nothing about the request: not now, or no answer at all, rather than no.
 fn is_trouble(error: &zbus::Error) -> bool {
     use fdo::Error::{
-        Disconnected, IOError, LimitsExceeded, NameHasNoOwner, NoReply, NoServer, ServiceUnknown,
-        TimedOut, Timeout,
+        Disconnected, IOError, LimitsExceeded, NameHasNoOwner, NoMemory, NoReply, NoServer,
+        ServiceUnknown, SpawnChildExited, TimedOut, Timeout,
     };
     match error {
-        zbus::Error::MethodError(..) => false,
+        zbus::Error::MethodError(error, ..) => match error.as_str() {
+            // The machine goes down, or the slice, or the unit itself.
+            "org.freedesktop.systemd1.ShuttingDown"
+            | "org.freedesktop.systemd1.TransactionIsDestructive"
+            // What systemd met with itself: no space, no memory, too many files.
+            | "System.Error.ENOSPC"
+            | "System.Error.ENOMEM"
+            | "System.Error.EMFILE"
+            | "System.Error.ENFILE"
+            | "System.Error.EBUSY"
+            | "System.Error.EAGAIN" => true,
+            // It was not there, and the bus tried to start it.
+            name => name.starts_with("org.freedesktop.DBus.Error.Spawn."),
+        },
         zbus::Error::FDO(error) => matches!(
             **error,
             Disconnected(_)
                 | IOError(_)
                 | LimitsExceeded(_)
                 | NameHasNoOwner(_)
+                | NoMemory(_)
                 | NoReply(_)
                 | NoServer(_)
                 | ServiceUnknown(_)
+                | SpawnChildExited(_)
                 | TimedOut(_)
                 | Timeout(_)
         ),
         _ => true,
-    }
-}
-
-fn get<T: TryFrom<OwnedVariant>>(properties: &Properties, name: &str) -> Option<T> {
-    properties.get(name)?.clone().try_into().ok()
-}
-
-fn text(properties: &Properties, name: &str) -> String {
-    get(properties, name).unwrap_or_default()
-}
-
-/// The unit name that an object path stands for: `_40` is `@`.
-fn unescape(label: &str) -> String {
-    let mut parts = label.split('_');
-    let mut name = parts.next().unwrap_or_default().to_owned();
-    for part in parts {
-        let code = part
-            .get(..2)
-            .and_then(|digits| u8::from_str_radix(digits, 16).ok());
-        match code {
-            Some(code) => name.extend([char::from(code)].into_iter().chain(part.chars().skip(2))),
-            None => name.extend(['_'].into_iter().chain(part.chars())),
-        }
-    }
-    name
-}
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn object_paths_lead_back_to_unit_names() {
-        assert_eq!(
-            super::unescape("nerve_2dwf_40fix_2dtest_2eservice"),
-            "nerve-wf@fix-test.service"
-        );
-        assert_eq!(super::unescape("a_"), "a_");
     }
 }

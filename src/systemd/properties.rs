@@ -38,7 +38,7 @@ impl WorkerUnit<'_> {
         let name = self.workflow.as_str();
         let executable = self.executable.display().to_string();
         let exec = vec![(executable.clone(), vec![executable, name.to_owned()], false)];
-        let (limit_interval, limit_burst) = limits::START_LIMIT;
+        let (limit_interval, limit_burst) = settings.start_limit();
         let mut environment = settings.environment.clone();
         // systemd refuses a variable that is set twice.
         if !environment
@@ -49,6 +49,8 @@ impl WorkerUnit<'_> {
         }
         environment.push(format!("NERVE_SOCKET={}", self.socket.display()));
         environment.push(format!("NERVE_WORKFLOW={name}"));
+        // A later nerved tells by it whether the worker still has the settings it should have.
+        environment.push(format!("NERVE_WORKER_SETTINGS={}", settings.digest()));
         environment.extend(std::env::var("NERVE_LOG").map(|level| format!("NERVE_LOG={level}")));
         let mut properties: Vec<(&'static str, Variant<'static>)> = vec![
             ("Description", format!("nerve worker of {name}").into()),
@@ -177,5 +179,34 @@ mod tests {
         assert_eq!(dynamic_user(&long).len(), 23);
         let longest: WorkflowName = "a".repeat(28).parse().unwrap();
         assert_eq!(dynamic_user(&longest).len(), 31);
+    }
+    #[test]
+    fn a_unit_has_the_crash_limit_and_the_digest_of_its_settings() {
+        let settings = WorkerSettings {
+            start_limit_interval: Some(Duration::from_secs(7)),
+            start_limit_burst: Some(3),
+            ..WorkerSettings::default()
+        };
+        let unit = WorkerUnit {
+            workflow: &"w".parse().unwrap(),
+            executable: Path::new("/nerve-worker"),
+            socket: Path::new("/socket"),
+        };
+        let shown = |settings: &WorkerSettings, property: &str| {
+            let properties = unit.properties(settings);
+            let found = properties.into_iter().find(|(name, _)| *name == property);
+            format!("{:?}", found.unwrap().1)
+        };
+        assert_eq!(
+            shown(&settings, "StartLimitIntervalUSec"),
+            format!("{:?}", micros(Duration::from_secs(7)))
+        );
+        assert_eq!(
+            shown(&settings, "StartLimitBurst"),
+            format!("{:?}", Variant::from(3_u32))
+        );
+        let variable = format!("NERVE_WORKER_SETTINGS={}", settings.digest());
+        assert!(shown(&settings, "Environment").contains(&variable));
+        assert!(!shown(&WorkerSettings::default(), "Environment").contains(&variable));
     }
 }

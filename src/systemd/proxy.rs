@@ -30,13 +30,19 @@ pub(super) type AuxiliaryUnit<'a> = (&'a str, Vec<(&'a str, Variant<'a>)>);
 pub(super) trait Manager {
     async fn subscribe(&self) -> zbus::Result<()>;
     async fn get_unit(&self, name: &str) -> zbus::Result<OwnedObjectPath>;
-    async fn load_unit(&self, name: &str) -> zbus::Result<OwnedObjectPath>;
+    async fn get_unit_file_state(&self, name: &str) -> zbus::Result<String>;
     async fn reset_failed_unit(&self, name: &str) -> zbus::Result<()>;
     async fn list_units_by_patterns(
         &self,
         states: &[&str],
         patterns: &[&str],
     ) -> zbus::Result<Vec<ListedUnit>>;
+    /// Path and state of unit files.
+    async fn list_unit_files_by_patterns(
+        &self,
+        states: &[&str],
+        patterns: &[&str],
+    ) -> zbus::Result<Vec<(String, String)>>;
     async fn start_transient_unit(
         &self,
         name: &str,
@@ -51,5 +57,6 @@ pub(super) trait Manager {
     default_service = "org.freedesktop.systemd1"
 )]
 pub(super) trait Properties {
+    async fn get(&self, interface: &str, name: &str) -> zbus::Result<OwnedVariant>;
     async fn get_all(&self, interface: &str) -> zbus::Result<HashMap<String, OwnedVariant>>;
 }

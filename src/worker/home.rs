@@ -25,7 +25,7 @@ pub(super) struct Home {
 }
 
 /// What systemd tells a service about itself; a role is none.
-const NOT_FOR_ROLES: [&str; 18] = [
+const NOT_FOR_ROLES: [&str; 19] = [
     "CREDENTIALS_DIRECTORY",
     "FDSTORE",
     "INVOCATION_ID",
@@ -39,6 +39,7 @@ const NOT_FOR_ROLES: [&str; 18] = [
     "MEMORY_PRESSURE_WRITE",
     "NERVE_SOCKET",
     "NERVE_LOG",
+    "NERVE_WORKER_SETTINGS",
     "NOTIFY_SOCKET",
     "STATE_DIRECTORY",
     "SYSTEMD_EXEC_PID",

@@ -68,6 +68,7 @@ pub enum EventType {
     Completed,
     Failed,
     Killed,
+    Aborted,
 }
 
 /// Manager to worker.
@@ -101,6 +102,12 @@ pub enum ToWorker {
     },
     /// End this run: SIGTERM, after the grace SIGKILL.
     KillThread { run_id: RunId, grace_ms: u64 },
+    /// End this run when its round is done; `reason` is what the person said.
+    AbortThread {
+        run_id: RunId,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        reason: Option<String>,
+    },
     /// This round is durable; go on.
     MessageAck { run_id: RunId, round: u32 },
     /// The end of this run is durable, or nobody wants it: forget the run.

@@ -34,6 +34,8 @@ pub(super) enum Order {
     MessageAck(u32),
     /// End: SIGTERM now, SIGKILL after the grace.
     Kill { grace: Duration },
+    /// [`super::run::Run`]'s abort was set; nothing to do for a round.
+    Abort,
 }
 
 /// How a round ended.

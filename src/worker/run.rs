@@ -3,6 +3,7 @@
 use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -44,6 +45,8 @@ pub(super) struct Run {
     /// The newest round that is durable.
     acknowledged: u32,
     deadline: Option<Instant>,
+    /// Set when it is to end at the next round boundary.
+    abort: Arc<AtomicBool>,
     cgroup: Cgroup,
     directory: PathBuf,
     thread_file: PathBuf,
@@ -55,6 +58,7 @@ impl Run {
         workflow: Workflow,
         assignment: Assignment,
         rounds: Vec<Message>,
+        abort: Arc<AtomicBool>,
     ) -> Self {
         let id = assignment.run_id;
         let accepted = Accepted {
@@ -63,6 +67,7 @@ impl Run {
             max_rounds: Some(assignment.max_rounds),
             dry_run: assignment.dry_run,
             trigger: assignment.trigger,
+            key: None,
         };
         let start = accepted.start_message(id, Some(assignment.max_rounds), assignment.created_at);
         // Positions of messages that nerved accepted exist; were one not to, the run would start over.
@@ -83,6 +88,7 @@ impl Run {
             thread: std::iter::once(start).chain(rounds).collect(),
             acknowledged: position.as_ref().map_or(0, |position| position.rounds),
             position: position.unwrap_or_default(),
+            abort,
             deadline: assignment
                 .timeout_ms
                 .map(|ms| Instant::now() + Duration::from_millis(ms)),
@@ -109,6 +115,9 @@ impl Run {
         reports: &mpsc::UnboundedSender<(RunId, Report)>,
     ) -> RunResult {
         loop {
+            if self.abort.load(Ordering::Relaxed) {
+                return RunResult::Aborted;
+            }
             let role = match moderator::next(&self.workflow, self.max_rounds, &self.position) {
                 Next::End(result) => return result,
                 Next::Role(role) => role,
@@ -119,6 +128,7 @@ impl Run {
                     Some(Order::MessageAck(round)) => {
                         self.acknowledged = self.acknowledged.max(round)
                     }
+                    Some(Order::Abort) => return RunResult::Aborted,
                     Some(Order::Kill { .. }) | None => return RunResult::Killed,
                 }
             }
@@ -242,6 +252,7 @@ pub(super) fn event_type(result: &RunResult) -> EventType {
     match result.end().0 {
         Status::Completed => EventType::Completed,
         Status::Killed => EventType::Killed,
+        Status::Aborted => EventType::Aborted,
         _ => EventType::Failed,
     }
 }

@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use sd_notify::NotifyState;
 use tokio::io::{AsyncWriteExt as _, BufReader};
@@ -26,6 +27,7 @@ use crate::model::status::RunResult;
 #[derive(Debug)]
 struct Running {
     orders: mpsc::UnboundedSender<Order>,
+    abort: Arc<AtomicBool>,
     attempt: u32,
     round: u32,
     /// What nerved has not acknowledged: a round, an end, or both.
@@ -263,6 +265,12 @@ impl Stock {
                     });
                 }
             },
+            ToWorker::AbortThread { run_id, .. } => {
+                if let Some(running) = self.runs.get(&run_id) {
+                    running.abort.store(true, Ordering::Relaxed);
+                    let _ = running.orders.send(Order::Abort);
+                }
+            }
             ToWorker::MessageAck { run_id, round } => {
                 if let Some(running) = self.runs.get_mut(&run_id) {
                     running.unacknowledged.retain(|message| {
@@ -306,10 +314,13 @@ impl Stock {
         let (orders, inbox) = mpsc::unbounded_channel();
         let round = u32::try_from(rounds.len()).unwrap_or(u32::MAX);
         let attempt = assignment.attempt;
-        let run = Run::new(self.home.clone(), workflow, assignment, rounds);
+        let abort = Arc::new(AtomicBool::new(false));
+        let home = self.home.clone();
+        let run = Run::new(home, workflow, assignment, rounds, abort.clone());
         tokio::spawn(run.drive(inbox, self.reports.clone()));
         let running = Running {
             orders,
+            abort,
             attempt,
             round,
             unacknowledged: Vec::new(),

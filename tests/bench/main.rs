@@ -199,7 +199,7 @@ async fn run_to_end(
     changes: &mut RunChangedStream,
     workflow: &str,
 ) -> Outcome<String> {
-    let run = manager
+    let (run, ..) = manager
         .start_run(workflow, "", StartOptions::default())
         .await?;
     while let Some(change) = changes.next().await {

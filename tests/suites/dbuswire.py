@@ -11,9 +11,11 @@ import contextlib
 import os
 import socket
 import struct
+import subprocess
 
 ADDRESS = "/run/dbus/system_bus_socket"
 NOBODY = 65534
+PRIVATE = "/run/nerve/private"
 MANAGER = ("org.nerve1", "/org/nerve1", "org.nerve1.Manager")
 
 
@@ -124,7 +126,9 @@ class Reply:
 
 
 class Connection:
-    def __init__(self, uid=0, address=ADDRESS):
+    """To a bus; with `greet=False` to a peer, which has no bus's Hello and no names."""
+
+    def __init__(self, uid=0, address=ADDRESS, greet=True):
         self.stream = connect_as(uid, address)
         self.stream.sendall(b"\0AUTH EXTERNAL " + str(uid).encode().hex().encode() + b"\r\n")
         line = self._line()
@@ -132,7 +136,9 @@ class Connection:
             raise PermissionError(line.decode())
         self.stream.sendall(b"BEGIN\r\n")
         self.serial = 0
-        self.name = self.call("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus", "Hello").text
+        self.name = None
+        if greet:
+            self.name = self.call("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus", "Hello").text
 
     def __enter__(self):
         return self
@@ -206,3 +212,18 @@ def parse_fields(raw):
         else:
             raise ValueError(kind)
     return found
+
+
+def systemctl_bus(verb):
+    """Stops, starts or restarts the bus: however often, since its own start limit would soon leave it failed."""
+    subprocess.run(["systemctl", "reset-failed", "dbus.socket", "dbus.service"], check=False, capture_output=True)
+    subprocess.run(["systemctl", verb, "dbus.socket", "dbus.service"], check=True, capture_output=True)
+
+
+def is_served():
+    """Whether nerve answers on the bus, and not only on its private socket."""
+    try:
+        with Connection() as bus:
+            return bus.call(*MANAGER, "GetStatus").error is None
+    except OSError:
+        return False

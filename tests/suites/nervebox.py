@@ -23,6 +23,7 @@ import os
 import pathlib
 import select
 import shutil
+import signal
 import sqlite3
 import subprocess
 import tempfile
@@ -30,6 +31,8 @@ import time
 import unittest
 
 WORKFLOWS = pathlib.Path("/etc/nerve/workflows")
+SETTINGS = pathlib.Path("/etc/nerve/nerve.yaml")
+UNITS = pathlib.Path("/run/systemd/system")
 STATE = pathlib.Path("/var/lib/nerve")
 DATABASE = STATE / "nerve.db"
 CGROUPS = pathlib.Path("/sys/fs/cgroup")
@@ -123,19 +126,45 @@ def command(script, **keys):
     return {"roles": {"main": role}, "graph": {"$START": "main", "main": {"ok": "$END"}}, **keys}
 
 
-def define(name, definition, directory=WORKFLOWS):
+# A role that says that its round began, with its attempt, and then waits for leave to end. What it appends to RUN.log are
+# the side effects of the run: a round that ran twice is there twice. See `GatedCase`.
+GATED = (f"cd {SCRATCH}; echo begin $NERVE_ROUND $NERVE_ATTEMPT >>$NERVE_RUN_ID.log;"
+         "until [ -e $NERVE_RUN_ID.go.$NERVE_ROUND -o -e $NERVE_RUN_ID.go.all ]; do sleep 0.02; done;"
+         "echo end $NERVE_ROUND $NERVE_ATTEMPT >>$NERVE_RUN_ID.log; echo said $NERVE_ROUND")
+
+
+def rounds(script, count, **keys):
+    """A definition of so many rounds of this script, each by a role of its own: r1, r2, …"""
+    names = [f"r{number}" for number in range(1, count + 1)]
+    graph = {"$START": names[0], **{name: {"ok": after} for name, after in zip(names, [*names[1:], "$END"])}}
+    return {"roles": {name: {"exec": ["/bin/sh", "-c", script]} for name in names}, "graph": graph, **keys}
+
+
+def replace(path, text, mode=0o644, owner=0):
+    """Writes a file such that who watches it sees the old one or the new one, never a part or an empty one, or one with
+    another mode or owner."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_bytes(text if isinstance(text, bytes) else text.encode())
+    fresh.chmod(mode)
+    os.chown(fresh, owner, owner)
+    fresh.rename(path)
+    return path
+
+
+def define(name, definition, directory=WORKFLOWS, **more):
     """Writes a definition: YAML text or bytes as they are, a dict as JSON (which YAML includes) with `version` and
-    `name` added. nerve reads definitions when it starts: see `load`. Returns the path."""
+    `name` added. nerve reads definitions when it starts (see `load`), when it is told to (see `reload`), and soon after
+    one has changed. `more`: see `replace`. Returns the path."""
     if isinstance(definition, dict):
         definition = json.dumps({"version": 1, "name": name, **definition}, indent=1)
-    if isinstance(definition, str):
-        definition = definition.encode()
-    directory = pathlib.Path(directory)
-    directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-    path = directory / f"{name}.yaml"
-    path.write_bytes(definition)
-    path.chmod(0o644)
-    return path
+    return replace(pathlib.Path(directory) / f"{name}.yaml", definition, **more)
+
+
+def reload():
+    """`systemctl reload nerve`: nerve looks at its files, at once; wait for what that is to change."""
+    systemctl("reload", "nerve.service")
 
 
 def load(definitions):
@@ -160,7 +189,9 @@ def sweep():
     SCRATCH.mkdir(parents=True, exist_ok=True)
     SCRATCH.chmod(0o1777)
     WORKFLOWS.mkdir(parents=True, exist_ok=True)
-    for path in [*STATE.iterdir(), *SCRATCH.iterdir(), *WORKFLOWS.iterdir()]:
+    SETTINGS.unlink(missing_ok=True)
+    left = [pathlib.Path(path) for path in glob.glob("/var/lib/nerve-wf/*/*/*")]  # of runs whose worker was stopped
+    for path in [*STATE.iterdir(), *SCRATCH.iterdir(), *WORKFLOWS.iterdir(), *left]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -199,6 +230,82 @@ class Case(unittest.TestCase):
         return path
 
 
+class GatedCase(Case):
+    """Tests whose roles are GATED."""
+
+    maxDiff = None
+
+    def go(self, run, number="all"):
+        """Lets this round of the run end, or all of them."""
+        (SCRATCH / f"{run}.go.{number}").touch()
+
+    def log(self, run):
+        """The side effects: a list of (begin or end, round, attempt)."""
+        try:
+            lines = (SCRATCH / f"{run}.log").read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        return [(what, int(number), int(attempt)) for what, number, attempt in map(str.split, lines)]
+
+    def begun(self, run, number, attempt=1):
+        """Waits until this round of the run has begun."""
+        wait_for(lambda: ("begin", number, attempt) in self.log(run), f"round {number} of run {run}, attempt {attempt}",
+                 watch=[SCRATCH])
+
+    def role_pid(self, run):
+        """The role's first process, as {pid: start time}: it leads its session."""
+        def found():
+            pids = pids_of(cgroup_of(run))
+            leaders = {pid: begun for pid, begun in pids.items() if self.session(pid) == pid}
+            return leaders if len(leaders) == 1 else None
+        return wait_for(found, f"the role of run {run}")
+
+    def session(self, pid):
+        try:
+            return os.getsid(pid)
+        except ProcessLookupError:
+            return None
+
+    def whole(self, run, count):
+        """It completed after so many rounds; its thread is dense and in order, on the bus and in the database."""
+        found = row(run)
+        self.assertEqual((found["status"], found["exitCode"], found["result"], found["rounds"]),
+                         ("completed", 0, "success", count), run_json(run)["events"])
+        said = thread(run)
+        self.assertEqual([one["round"] for one in said], list(range(count + 1)))
+        self.assertEqual([one["role"] for one in said], ["__start__", *[f"r{number}" for number in range(1, count + 1)]])
+        self.assertEqual([one["content"] for one in said[1:]], [f"said {number}" for number in range(1, count + 1)])
+        kinds = events(run)
+        self.assertEqual(kinds.count("thread-workflow-message"), count)
+        self.assertEqual((kinds[0], kinds[-1], kinds.count("ended")), ("queued", "ended", 1))
+
+    def once(self, run, count):
+        """Every round ran once."""
+        self.assertEqual(self.log(run), [(what, number, 1) for number in range(1, count + 1) for what in ("begin", "end")])
+
+    def kept(self, run, number):
+        """No round up to this one, all of which are acknowledged, was executed again after it was done."""
+        for done in range(1, number + 1):
+            whats = [what for what, of, _ in self.log(run) if of == done]
+            self.assertEqual((whats.count("end"), whats[-1]), (1, "end"), self.log(run))
+
+    def completes(self, run, count):
+        """Lets it go on to its end, which is a good one."""
+        self.go(run)
+        stored_end(run)
+        self.whole(run, count)
+
+    def kill_nerved(self):
+        """kill -9, and returns once its successor answers."""
+        pid = nerved_pid()
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: nerved_pid() not in (0, pid), "another nerved")
+        self.answers()
+
+    def answers(self):
+        wait_for(lambda: ctl("status", check=False).returncode == 0, "nerve to answer")
+
+
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 def start(workflow, prompt=None, *options, wait=False, check=True):
@@ -229,6 +336,15 @@ class Waiter:
                 return self.process.wait(timeout)
             finally:
                 self.process.kill()
+
+
+class Tried:
+    """`nervectl workflow start`, with its exit status and what it said; by default it must succeed."""
+
+    def __init__(self, workflow, *options, prompt=None, check=True):
+        prompt = [] if prompt is None else ["-p", prompt]
+        done = ctl("workflow", "start", workflow, *prompt, *options, check=check)
+        self.run, self.status, self.said = done.stdout.strip(), done.returncode, done.stderr
 
 
 def listed(*options):
@@ -310,6 +426,130 @@ def wait_rounds(run, rounds, timeout=TIMEOUT):
 def wait_status(run, status, timeout=TIMEOUT):
     """Waits until the run is `status` by the database: 'queued', 'started', …"""
     wait_for(lambda: (stored(run) or {"status": None})["status"] == status, f"run {run} to be {status}", timeout)
+
+
+def losses(run):
+    """The payloads of the run's `worker-lost` events: cause, code or signal, invocation, attempt."""
+    return [event["payload"] for event in run_json(run)["events"] if event["type"] == "worker-lost"]
+
+
+# ---- workflows and their workers ------------------------------------------------------------------------------------
+
+def overview():
+    """What `GetStatus` answers, as plain values."""
+    def plain(value):
+        if isinstance(value, dict):
+            return plain(value["data"]) if set(value) == {"type", "data"} else {key: plain(one) for key, one in value.items()}
+        return [plain(one) for one in value] if isinstance(value, list) else value
+    text = sh("busctl", "--json=short", "call", "org.nerve1", "/org/nerve1", "org.nerve1.Manager", "GetStatus").stdout
+    return plain(json.loads(text))[0]
+
+
+def status(workflow):
+    """The workflow's element of `overview()`: worker, running, queued, concurrency, …; None when nerve knows none."""
+    return next((element for element in overview()["workflows"] if element["name"] == workflow), None)
+
+
+def wait_worker(workflow, word, timeout=TIMEOUT):
+    """Waits until `status` has this word for the workflow's worker: ready, draining, blocked, … Returns its pid or 0."""
+    found = wait_for(lambda: (now := status(workflow)) and now["worker"] == word and now,
+                     f"the worker of {workflow} to be {word}", timeout)
+    return found.get("mainPid", 0)
+
+
+def wait_ready(workflow, after=0):
+    """Waits until a worker is ready that is not the process `after`; returns its pid."""
+    def ready():
+        now = status(workflow)
+        return now["worker"] == "ready" and now.get("mainPid") not in (None, after) and now["mainPid"]
+    return wait_for(ready, f"a worker of {workflow} other than {after}")
+
+
+def wait_absent(workflow):
+    """Waits until there is no worker: no process, and no unit that could hold one."""
+    wait_for(lambda: not is_populated(worker_cgroup(workflow)) and properties(unit_of(workflow), "ActiveState")["ActiveState"]
+             in ("inactive", "failed"), f"the worker of {workflow} to be gone")
+
+
+def kill_process(pid, number=signal.SIGKILL):
+    """Sends a signal until the process is gone. Rust's handler of SIGSEGV takes the first one for itself."""
+    begun = start_time(pid)
+    def gone():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+        return start_time(pid) != begun
+    wait_for(gone, f"process {pid} to die of {signal.Signals(number).name}")
+
+
+def happened(workflow, kind):
+    """The payloads of the workflow's own events of this type: worker-died, workflow-blocked, worker-stopped, …"""
+    with database() as connection:
+        found = connection.execute("SELECT payload FROM events WHERE ref = ? AND type = ? ORDER BY seq", [workflow, kind])
+        return [json.loads(one["payload"]) for one in found]
+
+
+def drain(workflow, *options, check=True, timeout=60):
+    return ctl("workflow", "drain", workflow, *options, check=check, timeout=timeout)
+
+
+def reset(workflow, check=True):
+    return ctl("workflow", "reset", workflow, check=check)
+
+
+def abort(run, *options, check=True):
+    return ctl("workflow", "abort", *options, run, check=check)
+
+
+@contextlib.contextmanager
+def drop_in(workflow, text):
+    """With this drop-in of the workflow's unit, which beats what nerve asks systemd for."""
+    folder = UNITS / f"{unit_of(workflow)}.d"
+    replace(folder / "50-nervebox.conf", text)
+    systemctl("daemon-reload")
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder)
+        systemctl("daemon-reload")
+
+
+# A worker that misbehaves once: it leaves a mark, and whoever finds the mark is the real one. What it does meanwhile
+# is said with `connected` (say ready), `heard` (take frames until one of these types) and `said` (send one).
+WORKER = r"""
+import json, os, pathlib, signal, socket, sys, time
+name = os.environ["NERVE_WORKFLOW"]
+mark = pathlib.Path(os.environ["STATE_DIRECTORY"], "nervebox-mark")
+if mark.exists():
+    os.execv("/usr/libexec/nerve/nerve-worker", ["nerve-worker", name])
+mark.touch()
+notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+notify.sendto(b"READY=1", os.environ["NOTIFY_SOCKET"].replace("@", "\0", 1))
+stream = None
+def connected():
+    global stream
+    stream = socket.socket(socket.AF_UNIX)
+    stream.connect(os.environ["NERVE_SOCKET"])
+    lines = stream.makefile()
+    said(type="ready", protocol=1, workflow=name, runs=[])
+    return lines
+def said(**frame):
+    stream.sendall(json.dumps(frame).encode() + b"\n")
+def heard(*types):
+    for line in lines:
+        frame = json.loads(line)
+        if frame["type"] in types:
+            return frame
+    sys.exit(9)
+"""
+
+
+@contextlib.contextmanager
+def worker_that(workflow, act):
+    """With a worker that does this the first time it is started; `act` is Python. Its definition needs nothing for it."""
+    program = replace(SCRATCH / f"worker-{workflow}.py", f"{WORKER}\n{act}\n")
+    pathlib.Path(f"/var/lib/private/nerve-wf/{workflow}/nervebox-mark").unlink(missing_ok=True)
+    with drop_in(workflow, f"[Service]\nExecStart=\nExecStart=/usr/bin/python3 {program}\n"):
+        yield
 
 
 # ---- processes and cgroups ------------------------------------------------------------------------------------------

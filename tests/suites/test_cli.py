@@ -11,13 +11,15 @@ import subprocess
 import tempfile
 import time
 import unittest
+import unittest.mock
 
+import dbuswire
 import nervebox
 from nervebox import ctl, sh, systemctl, wait_for
 
-RUN_KEYS = ["run", "workflow", "status", "killing", "exitCode", "result", "reason", "rounds", "createdAt", "startedAt",
-            "endedAt"]
-SHOW_KEYS = [*RUN_KEYS, "prompt", "maxRounds", "dryRun", "trigger", "definition", "unit", "events"]
+RUN_KEYS = ["run", "workflow", "status", "killing", "aborting", "exitCode", "result", "reason", "rounds", "createdAt",
+            "startedAt", "endedAt"]
+SHOW_KEYS = [*RUN_KEYS, "prompt", "maxRounds", "dryRun", "trigger", "definition", "unit", "waits", "events"]
 ROUND_KEYS = ["round", "role", "content", "meta", "timestamp"]
 
 STEPS = {"roles": {"first": {"exec": ["/bin/sh", "-c", "echo one; echo to the journal >&2"]},
@@ -353,6 +355,38 @@ class Cli(nervebox.Case):
         self.assertEqual(row[:5], ["sleep-long", "ready", "1/4", "0/100", str(nervebox.worker_pid("sleep-long"))])
         self.assertRegex(text, r"(?m)^/etc/nerve/workflows/broken-one\.yaml:\d+:\d+: error: ")
         self.assertIn("(broken)", next(line for line in text.splitlines() if line.startswith("broken-one ")))
+        answer = json.loads(ctl("status", "-o", "json").stdout)
+        self.assertEqual(len(answer), 1)
+        self.assertEqual(list(answer[0]), ["version", "startedAt", "running", "queued", "maxActive", "paused", "workflows"])
+        self.assertEqual((answer[0]["running"], answer[0]["paused"]), (1, None))
+        found = next(workflow for workflow in answer[0]["workflows"] if workflow["name"] == "sleep-long")
+        self.assertEqual((found["worker"], found["running"], found["concurrency"], found["overflow"], found["onFull"]),
+                         ("ready", 1, 4, "queue", "evict"))
+        self.assertEqual(found["mainPid"], nervebox.worker_pid("sleep-long"))
+
+    def test_who_asked_is_kept(self):
+        run = nervebox.start("sleep-long")
+        trigger = nervebox.run_json(run)["trigger"]
+        self.assertEqual((trigger["type"], trigger["uid"], trigger["comm"]), ("client", 0, "nervectl"))
+        with subprocess.Popen(["nervectl", "workflow", "kill", run]) as kill:
+            self.assertEqual(kill.wait(20), 0)
+        by = next(event for event in nervebox.run_json(run)["events"] if event["type"] == "kill-requested")["payload"]["by"]
+        self.assertEqual(by, {"uid": 0, "pid": kill.pid, "comm": "nervectl"})
+        self.assertIn(f"by uid 0 (nervectl, pid {kill.pid}), grace 5s", ctl("workflow", "show", run).stdout)
+        # And over the bus.
+        run = nervebox.start("sleep-long")
+        with subprocess.Popen(["nervectl", "workflow", "kill", run], env=ON_THE_BUS) as kill:
+            self.assertEqual(kill.wait(20), 0)
+        by = next(event for event in nervebox.run_json(run)["events"] if event["type"] == "kill-requested")["payload"]["by"]
+        self.assertEqual(by, {"uid": 0, "pid": kill.pid, "comm": "nervectl"})
+
+    def test_a_key_that_is_none(self):
+        for key in ("", "x" * 129, "a\nb", "\x7f"):
+            with self.subTest(key=key):
+                self.assertIn("key", self.one_line(ctl("workflow", "start", "take-steps", "--key", key, check=65)))
+                with dbuswire.Connection() as bus:
+                    self.assertEqual(bus.call(*dbuswire.MANAGER, "StartRun", "ssa{sv}", "take-steps", "", {"key": key}).error,
+                                     "org.nerve1.Error.InvalidArgument")
 
     def test_usage(self):
         for line in ([], ["workflow"], ["workflow", "start"], ["workflow", "begin"], ["frobnicate"], ["--frobnicate"],
@@ -363,7 +397,10 @@ class Cli(nervebox.Case):
                      ["workflow", "list", "-n", "0"], ["workflow", "list", "-n", "-1"], ["workflow", "list", "-o", "xml"],
                      ["workflow", "show"], ["workflow", "show", "1", "2"], ["workflow", "kill"],
                      ["workflow", "kill", "1", "--grace", "soon"], ["workflow", "kill", "1", "--grace", "2h"],
-                     ["thread"], ["thread", "1", "-n", "0"], ["logs"], ["status", "x"], ["workflow", "list", "--all"]):
+                     ["thread"], ["thread", "1", "-n", "0"], ["logs"], ["status", "x"], ["workflow", "list", "--all"],
+                     ["workflow", "start", "a", "--key"], ["workflow", "abort"], ["workflow", "abort", "1", "2"],
+                     ["workflow", "drain"], ["workflow", "drain", "a", "--timeout", "soon"], ["workflow", "reset"],
+                     ["pause", "x"], ["resume", "x"], ["reload", "x"], ["status", "-o", "table"]):
             with self.subTest(line=line):
                 done = ctl(*line, check=64)
                 self.assertEqual(done.stdout, "")
@@ -372,7 +409,8 @@ class Cli(nervebox.Case):
     def test_help_and_version(self):
         for line in (["--help"], ["-h"], ["workflow", "--help"], ["workflow", "start", "--help"], ["workflow", "list", "-h"],
                      ["workflow", "show", "-h"], ["workflow", "kill", "-h"], ["thread", "-h"], ["logs", "-h"],
-                     ["validate", "-h"], ["status", "-h"]):
+                     ["validate", "-h"], ["status", "-h"], ["workflow", "abort", "-h"], ["workflow", "drain", "--help"],
+                     ["workflow", "reset", "-h"], ["pause", "-h"], ["resume", "-h"], ["reload", "--help"]):
             with self.subTest(line=line):
                 done = ctl(*line)
                 self.assertIn("Usage: nervectl", done.stdout)
@@ -441,9 +479,13 @@ class Cli(nervebox.Case):
         self.assertIn(done.stdout.strip(), ("0", "74"))
 
 
+# nervectl as root of a machine whose nerve has no private socket.
+ON_THE_BUS = {"PATH": "/usr/bin:/bin", "DBUS_SYSTEM_BUS_ADDRESS": f"unix:path={dbuswire.ADDRESS}"}
 VERBS = (["workflow", "start", "say-good"], ["workflow", "start", "say-good", "--wait"], ["workflow", "list"],
          ["workflow", "list", "-o", "json"], ["workflow", "show", "3fa9"], ["workflow", "kill", "3fa9"],
-         ["workflow", "kill", "--no-block", "3fa9"], ["thread", "3fa9"], ["logs", "3fa9"], ["status"])
+         ["workflow", "kill", "--no-block", "3fa9"], ["thread", "3fa9"], ["logs", "3fa9"], ["status"],
+         ["workflow", "abort", "3fa9"], ["workflow", "drain", "say-good"], ["workflow", "drain", "say-good", "--wait"],
+         ["workflow", "reset", "say-good"], ["pause"], ["resume"], ["reload"])
 
 
 class Away(nervebox.Case):
@@ -469,14 +511,57 @@ class Away(nervebox.Case):
         finally:
             systemctl("start", "nerve.service")
 
-    def test_no_bus(self):
-        systemctl("stop", "dbus.socket", "dbus.service")
+    def test_no_daemon_and_no_bus(self):
+        systemctl("stop", "nerve.service")
+        dbuswire.systemctl_bus("stop")
         try:
-            self.each_verb_says(["bus"])
+            self.each_verb_says(["nerve is not running", "systemctl start nerve"])
         finally:
-            systemctl("start", "dbus.socket", "dbus.service")
-        wait_for(lambda: ctl("status", check=False).returncode == 0, "nerve to be on the bus again")
+            dbuswire.systemctl_bus("start")
+            systemctl("start", "nerve.service")
+        wait_for(dbuswire.is_served, "nerve to be on the bus again")
+
+    def test_no_bus(self):
+        dbuswire.systemctl_bus("stop")
+        try:
+            self.each_verb_says(["bus"], ON_THE_BUS)
+        finally:
+            dbuswire.systemctl_bus("start")
+        wait_for(dbuswire.is_served, "nerve to be on the bus again")
         self.assertEqual(nervebox.start("say-good", wait=True)[1], 0)
+
+    def test_root_needs_no_bus(self):
+        # With a worker that is there already, since only systemd could start one.
+        nervebox.start("say-good", wait=True)
+        for how, undo in ((("kill", "-s", "STOP", "dbus.service"), ("kill", "-s", "CONT", "dbus.service")),
+                          (None, None)):
+            with self.subTest(how=how):
+                systemctl(*how) if how else dbuswire.systemctl_bus("stop")
+                try:
+                    self.assertRegex(ctl("status", timeout=20).stdout, r"(?m)^say-good ")
+                    run, status = nervebox.start("say-good", wait=True)
+                    self.assertEqual((status, nervebox.thread(run)[1]["content"]), (0, "good"))
+                    self.assertIn(run[-8:], ctl("workflow", "list").stdout)
+                finally:
+                    systemctl(*undo) if undo else dbuswire.systemctl_bus("start")
+                wait_for(dbuswire.is_served, "nerve to be on the bus again")
+
+    def test_private_connections_do_not_wait_for_each_other(self):
+        with contextlib.ExitStack() as stack:
+            # One says nothing, one has greeted and says nothing more, one asks and does not read.
+            stack.enter_context(dbuswire.connect_as(0, dbuswire.PRIVATE))
+            stack.enter_context(dbuswire.Connection(address=dbuswire.PRIVATE, greet=False))
+            deaf = stack.enter_context(dbuswire.Connection(address=dbuswire.PRIVATE, greet=False))
+            for _ in range(1000):
+                deaf.send(*dbuswire.MANAGER, "GetStatus")
+            ctl("status", timeout=10)
+            self.assertEqual(nervebox.start("say-good", wait=True)[1], 0)
+
+    def test_too_many_private_connections_leave_the_bus(self):
+        with contextlib.ExitStack() as stack:
+            for _ in range(64):
+                stack.enter_context(dbuswire.connect_as(0, dbuswire.PRIVATE))
+            ctl("status", timeout=10)
 
     def test_a_bus_that_is_none(self):
         for address in ("unix:path=/nonexistent", "unix:path=/etc/passwd", "nonsense", "tcp:host=127.0.0.1,port=1"):
@@ -484,19 +569,23 @@ class Away(nervebox.Case):
                 self.each_verb_says([], {"PATH": "/usr/bin:/bin", "DBUS_SYSTEM_BUS_ADDRESS": address})
 
     def test_a_daemon_that_dies_while_it_is_asked(self):
-        pid = nervebox.nerved_pid()
-        os.kill(pid, signal.SIGSTOP)
-        with subprocess.Popen(["nervectl", "workflow", "start", "say-good"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              text=True) as start:
-            # It has asked when it waits with its request sent: the bus knows its connection.
-            wait_for(lambda: str(start.pid) in sh("busctl", "list", "--no-legend", check=False).stdout, "its connection")
-            wait_for(lambda: nervebox.process_state(start.pid) == "S", "nervectl to wait")
-            wait_for(lambda: "epoll" in pathlib.Path(f"/proc/{start.pid}/wchan").read_text(), "nervectl to wait")
-            os.kill(pid, signal.SIGKILL)
-            stdout, stderr = start.communicate(timeout=20)
-        wait_for(lambda: ctl("status", check=False).returncode == 0, "nerve to be back")
-        self.assertIn(start.returncode, (74, 69))  # 69: it had not asked yet
-        self.assertEqual((stdout, len(stderr.splitlines())), ("", 1))
+        for environment in (ON_THE_BUS, None):
+            with self.subTest(environment):
+                pid = nervebox.nerved_pid()
+                os.kill(pid, signal.SIGSTOP)
+                with subprocess.Popen(["nervectl", "workflow", "start", "say-good"], stdout=subprocess.PIPE,
+                                      stderr=subprocess.PIPE, text=True, env=environment) as start:
+                    if environment:
+                        # It has asked when it waits with its request sent: the bus knows its connection.
+                        wait_for(lambda: str(start.pid) in sh("busctl", "list", "--no-legend", check=False).stdout,
+                                 "its connection")
+                    wait_for(lambda: nervebox.process_state(start.pid) == "S", "nervectl to wait")
+                    wait_for(lambda: "epoll" in pathlib.Path(f"/proc/{start.pid}/wchan").read_text(), "nervectl to wait")
+                    os.kill(pid, signal.SIGKILL)
+                    stdout, stderr = start.communicate(timeout=20)
+                wait_for(dbuswire.is_served, "nerve to be back")
+                self.assertIn(start.returncode, (74, 69))  # 69: it had not asked yet
+                self.assertEqual((stdout, len(stderr.splitlines())), ("", 1))
 
     def test_wait_lives_through_a_restart_of_nerve_and_of_the_bus(self):
         go = pathlib.Path("/run/nervebox-go")
@@ -505,13 +594,26 @@ class Away(nervebox.Case):
         path = nervebox.define("wait-here", nervebox.command("while [ ! -e /run/nervebox-go ]; do sleep 0.05; done; exit 9"))
         self.addCleanup(path.unlink)
         nervebox.restart_nerve()
-        waiter = nervebox.Waiter("wait-here")
+        for environment in (ON_THE_BUS, {"PATH": "/usr/bin:/bin"}):
+            with self.subTest(environment):
+                go.unlink(missing_ok=True)
+                self.outlive(go, environment)
+
+    def outlive(self, go, environment):
+        with unittest.mock.patch.dict(os.environ, environment, clear=True):
+            waiter = nervebox.Waiter("wait-here")
         nervebox.processes(waiter.run)
         nervebox.restart_nerve()
         os.kill(nervebox.nerved_pid(), signal.SIGKILL)
-        wait_for(lambda: ctl("status", check=False).returncode == 0, "nerve to be back")
-        systemctl("restart", "dbus.service")
-        wait_for(lambda: ctl("status", check=False).returncode == 0, "nerve to be back")
+        wait_for(dbuswire.is_served, "nerve to be back")
+        dbuswire.systemctl_bus("restart")
+        wait_for(dbuswire.is_served, "nerve to be back")
+        # Both at once, and the bus last.
+        systemctl("stop", "nerve.service")
+        dbuswire.systemctl_bus("stop")
+        systemctl("start", "nerve.service")
+        dbuswire.systemctl_bus("start")
+        wait_for(dbuswire.is_served, "nerve to be back")
         self.assertIsNone(waiter.process.poll())
         go.touch()
         self.assertEqual(waiter.process.wait(20), 1)

@@ -81,6 +81,7 @@ class Make(unittest.TestCase):
                 self.assertEqual([path for path in root.iterdir()], [root / prefix.split("/")[1]])
                 service = (root / prefix[1:] / "lib/systemd/system/nerve.service").read_text()
                 self.assertIn(f"ExecStart={prefix}/libexec/nerve/nerved\n", service)
+                self.assertIn(f"ExecReload=-{prefix}/bin/nervectl reload\n", service)
                 self.run_make("uninstall", f"DESTDIR={root}", f"PREFIX={prefix}")
                 self.assertEqual(tree(root), {})
         self.assertEqual(is_machine and nervebox.nerved_pid(), pid)
@@ -241,7 +242,7 @@ class Units(nervebox.Case):
             revive()
             run, _ = nervebox.start("show-limits", wait=True)
             self.assertEqual(nervebox.thread(run)[1]["content"], "777\nall")
-            systemctl("stop", nervebox.unit_of("show-limits"))
+            nervebox.drain("show-limits", "--wait")
             with dropin("nerve-wf@show-limits.service", "[Service]\nLimitNOFILE=555\n"):
                 revive()
                 run, _ = nervebox.start("show-limits", wait=True)
@@ -273,7 +274,7 @@ class Units(nervebox.Case):
             for workflow in ("say-good", "show-limits"):
                 run = nervebox.start(workflow)
             systemctl("daemon-reload")
-            systemctl("stop", "nerve-wf@*.service")
+            systemctl("restart", "nerve-wf@*.service")
             systemctl("daemon-reload")
             try:
                 ctl("status", timeout=5)

@@ -179,9 +179,9 @@ class Neighbours(nervebox.Case):
                        ("/etc/nerve/workflows", "/run/nerve", "/usr/lib/nerve/workflows", "/etc/systemd/system",
                         "/run/systemd/system", "/run/systemd/transient", "/usr/libexec/nerve", "/etc", "/run")],
                      ["mkdir", "/run/nerve/workflows"], ["unlink", "/run/nerve/worker.sock"],
-                     ["rename", "/run/nerve/worker.sock"],
+                     ["rename", "/run/nerve/worker.sock"], ["unlink", "/run/nerve/private"], ["rename", "/run/nerve/private"],
                      ["write", "/etc/nerve/workflows/hold-secret.yaml", "x"], ["write", "/usr/libexec/nerve/nerved", "x"])
-        self.assertEqual(sorted(path.name for path in pathlib.Path("/run/nerve").iterdir()), ["worker.sock"])
+        self.assertEqual(sorted(path.name for path in pathlib.Path("/run/nerve").iterdir()), ["private", "worker.sock"])
 
     def test_a_role_cannot_use_the_cgroups_of_another_workflow(self):
         unit, run = nervebox.worker_cgroup("hold-secret"), nervebox.cgroup_of(self.held)
@@ -298,9 +298,9 @@ class Strangers(nervebox.Case):
         self.assertEqual(methods, set(actions))
         self.assertGreaterEqual(methods, {"StartRun", "KillRun", "GetRun", "ListRuns", "GetThread", "GetStatus"})
 
-    def test_the_interface_has_nothing_but_methods_and_its_signal(self):
+    def test_the_interface_has_nothing_but_methods_and_its_signals(self):
         interface = self.interface()
-        self.assertEqual([signal.get("name") for signal in interface.findall("signal")], ["RunChanged"])
+        self.assertEqual({signal.get("name") for signal in interface.findall("signal")}, {"RunChanged", "WorkflowChanged"})
         self.assertEqual(interface.findall("property"), [])
 
     def test_nobody_may_call_any_method(self):
@@ -340,7 +340,9 @@ class Strangers(nervebox.Case):
         for line in (["workflow", "start", "say-hello"], ["workflow", "start", "say-hello", "--wait"],
                      ["workflow", "list"], ["workflow", "list", "--active", "-o", "json"], ["workflow", "show", run],
                      ["workflow", "kill", run], ["workflow", "kill", "--no-block", run], ["thread", run],
-                     ["thread", run, "-o", "json"], ["logs", run], ["status"]):
+                     ["thread", run, "-o", "json"], ["logs", run], ["status"], ["workflow", "abort", run],
+                     ["workflow", "drain", "sleep-long"], ["workflow", "drain", "sleep-long", "--wait"],
+                     ["workflow", "reset", "sleep-long"], ["pause"], ["resume"], ["reload"]):
             with self.subTest(line=line):
                 done = sh(*NOBODY, "nervectl", *line, check=77)
                 self.assertEqual(done.stdout, "")
@@ -367,6 +369,16 @@ class Strangers(nervebox.Case):
                              "org.nerve1", 0)
             self.assertEqual(reply.error, "org.freedesktop.DBus.Error.AccessDenied")
 
+    def test_the_private_socket_is_roots_alone(self):
+        mode = pathlib.Path(dbuswire.PRIVATE).stat()
+        self.assertEqual((mode.st_uid, mode.st_mode & 0o7777), (0, 0o600))
+        for user in ("nobody", "nerve"):
+            with self.subTest(user=user), self.assertRaises(PermissionError):
+                dbuswire.connect_as(pwd.getpwnam(user).pw_uid, dbuswire.PRIVATE)
+        # Who has a connection that root made is root: the kernel says who connected, and a word of the message nothing.
+        with dbuswire.Connection(address=dbuswire.PRIVATE, greet=False) as peer:
+            self.assertIsNone(peer.call(*dbuswire.MANAGER, "GetStatus").error)
+
     def test_a_denial_is_on_record(self):
         with dbuswire.Connection(dbuswire.NOBODY) as bus:
             bus.call(*dbuswire.MANAGER, "KillRun", "sst", self.run_id, "", 0)
@@ -377,8 +389,8 @@ class Strangers(nervebox.Case):
     def test_what_the_bus_said_of_a_name_holds_for_that_bus_only(self):
         # dbus-daemon counts its clients' names, :1.5, from the beginning again when it is restarted.
         def restart_bus():
-            systemctl("restart", "dbus.service")
-            nervebox.wait_for(lambda: ctl("status", check=False).returncode == 0, "nerve to be on the bus again")
+            dbuswire.systemctl_bus("restart")
+            nervebox.wait_for(dbuswire.is_served, "nerve to be on the bus again")
 
         restart_bus()
         roots = set()

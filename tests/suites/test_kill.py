@@ -217,7 +217,7 @@ class Kill(Case):
     def test_worker_is_being_started(self):
         for moment in ("at once", "as soon as it is being started"):
             with self.subTest(moment):
-                nervebox.systemctl("stop", nervebox.unit_of("start-late"), check=False)
+                nervebox.drain("start-late", "--wait")
                 wait_for(lambda: "start-late" not in nervebox.systemctl("list-units", "--all", "--plain", "nerve-wf@*").stdout,
                          "the worker's unit to be gone")
                 run = start("start-late")

@@ -1,0 +1,230 @@
+//! The engine's settings: nerve.yaml, and what is in nerve.yaml.d beside it. Called when nerved starts and when it reads
+//! its definitions again. Looks at the file system with the eyes of [`directory`].
+//!
+//! All files are optional. A file with an error says nothing at all, and what the others say holds.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::diagnostic::{Diagnostic, Severity};
+use super::directory::{self, Found, Trust};
+use super::reader::Reader;
+use crate::model::limits;
+
+const KEYS: [&str; 1] = ["max_active"];
+
+/// What nerve.yaml may say. What no file says is `None`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Settings {
+    /// Most runs at a time over all workflows; without one there is no limit.
+    pub max_active: Option<u32>,
+}
+
+impl Settings {
+    /// These settings where `later` is silent.
+    fn beaten_by(self, later: Self) -> Self {
+        Self {
+            max_active: later.max_active.or(self.max_active),
+        }
+    }
+}
+
+/// What the files add up to.
+#[derive(Debug, Clone, Default)]
+pub struct Loaded {
+    /// What is in force.
+    pub settings: Settings,
+    /// What is wrong with any of the files.
+    pub diagnostics: Vec<Diagnostic>,
+}
+
+/// Where the engine's settings are.
+pub const STANDARD: &str = "/etc/nerve/nerve.yaml";
+
+/// The directory beside a settings file whose files beat it: its path with `.d`.
+#[must_use]
+pub fn drop_ins(file: &Path) -> PathBuf {
+    let mut path = file.as_os_str().to_owned();
+    path.push(".d");
+    path.into()
+}
+
+/// Reads `file`, then the files of [`drop_ins`] in the order of their names; a later one beats an earlier one. What does
+/// not exist, is empty or links to /dev/null says nothing.
+#[must_use]
+pub fn load(file: &Path, trust: Trust) -> Loaded {
+    let mut loaded = Loaded::default();
+    let exists = |path: &Path| {
+        !fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+    };
+    let mut paths: Vec<PathBuf> = Vec::new();
+    paths.extend(exists(file).then(|| file.to_owned()));
+    paths.extend(directory::listing(&drop_ins(file), &mut loaded.diagnostics));
+    for path in paths {
+        match directory::read(&path, trust) {
+            Found::Mask => {}
+            Found::Unusable(diagnostic) => loaded.diagnostics.push(diagnostic),
+            Found::Bytes(bytes) => {
+                let (settings, diagnostics) = parse(&path.display().to_string(), &bytes);
+                loaded.settings = loaded.settings.beaten_by(settings.unwrap_or_default());
+                loaded.diagnostics.extend(diagnostics);
+            }
+        }
+    }
+    loaded
+}
+
+/// Reads one file. There are settings exactly when there is no error among the diagnostics.
+#[must_use]
+pub fn parse(path: &str, bytes: &[u8]) -> (Option<Settings>, Vec<Diagnostic>) {
+    if is_silent(bytes) {
+        return (Some(Settings::default()), Vec::new());
+    }
+    let mut reader = Reader::default();
+    let settings = read(&mut reader, bytes);
+    let diagnostics = reader.diagnostics(path);
+    let failed = diagnostics
+        .iter()
+        .any(|found| found.severity == Severity::Error);
+    (settings.filter(|_| !failed), diagnostics)
+}
+
+/// Whether there is nothing but comments, as in a file that waits for its first setting.
+fn is_silent(bytes: &[u8]) -> bool {
+    bytes
+        .split(|byte| *byte == b'\n')
+        .map(<[u8]>::trim_ascii)
+        .all(|line| line.is_empty() || line.starts_with(b"#"))
+}
+
+fn read(reader: &mut Reader, bytes: &[u8]) -> Option<Settings> {
+    let node = reader.tree(bytes)?;
+    let fields = reader.fields(&node, "a settings file", &KEYS)?;
+    let max_active = fields
+        .get("max_active")
+        .and_then(|entry| reader.integer(&entry.value, "max_active", 1..=limits::MAX_ACTIVE));
+    Some(Settings { max_active })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    /// A nerve.yaml and its drop-ins.
+    fn load_all(files: &[(&str, &str)]) -> Loaded {
+        let root = tempfile::tempdir().unwrap();
+        let file = root.path().join("nerve.yaml");
+        fs::create_dir(drop_ins(&file)).unwrap();
+        for (name, text) in files {
+            fs::write(root.path().join(name), text).unwrap();
+        }
+        let mut loaded = load(&file, Trust::Anyone);
+        for diagnostic in &mut loaded.diagnostics {
+            let path = Path::new(&diagnostic.path);
+            diagnostic.path = path
+                .strip_prefix(root.path())
+                .unwrap()
+                .display()
+                .to_string();
+        }
+        loaded
+    }
+
+    fn says(loaded: &Loaded) -> Vec<String> {
+        loaded.diagnostics.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn without_a_file_there_is_no_limit() {
+        let root = tempfile::tempdir().unwrap();
+        for file in ["nerve.yaml", "none/nerve.yaml"] {
+            let loaded = load(&root.path().join(file), Trust::Anyone);
+            assert_eq!(loaded.settings, Settings { max_active: None });
+            assert_eq!(says(&loaded), [""; 0]);
+        }
+        let silent = load_all(&[
+            ("nerve.yaml", "# max_active: 5\n\n  # nothing\n"),
+            ("nerve.yaml.d/a.yaml", ""),
+            ("nerve.yaml.d/b.yaml", "{}"),
+        ]);
+        assert_eq!(silent.settings, Settings { max_active: None });
+        assert_eq!(says(&silent), [""; 0]);
+    }
+
+    #[test]
+    fn a_later_file_beats_an_earlier_one() {
+        let one = load_all(&[("nerve.yaml", "max_active: 100000\n")]);
+        assert_eq!(one.settings.max_active, Some(100_000));
+        let files = [
+            ("nerve.yaml.d/20-b.yaml", "max_active: 2"),
+            ("nerve.yaml.d/30-silent.yaml", "# nothing"),
+            ("nerve.yaml.d/40.yml", "max_active: 4"),
+            ("nerve.yaml.d/.50.yaml", "max_active: 5"),
+            ("nerve.yaml.d/10-a.yaml", "max_active: 1"),
+            ("nerve.yaml", "max_active: 9"),
+        ];
+        let several = load_all(&files);
+        assert_eq!(several.settings.max_active, Some(2));
+        assert_eq!(says(&several), [""; 0]);
+    }
+
+    #[test]
+    fn a_file_with_an_error_says_nothing_and_the_others_hold() {
+        let loaded = load_all(&[
+            ("nerve.yaml", "max_active: 3\n"),
+            (
+                "nerve.yaml.d/a.yaml",
+                "max_active: 7\nmax_actve: 1\nunheard_of: 2\n",
+            ),
+            ("nerve.yaml.d/b.yaml", "max_active: 0\n"),
+            ("nerve.yaml.d/c.yaml", "max_active: 100001\n"),
+            ("nerve.yaml.d/d.yaml", "max_active: 5\nmax_active: 6\n"),
+            ("nerve.yaml.d/e.yaml", "[7]\n"),
+            ("nerve.yaml.d/f.yaml", "max_active: [\n"),
+        ]);
+        assert_eq!(loaded.settings.max_active, Some(3));
+        let expected = [
+            "nerve.yaml.d/a.yaml:2:1: error: unknown key \"max_actve\" in a settings file (did you mean max_active?)",
+            "nerve.yaml.d/a.yaml:3:1: error: unknown key \"unheard_of\" in a settings file (the keys of a settings file are max_active)",
+            "nerve.yaml.d/b.yaml:1:13: error: max_active is \"0\" (write a whole number from 1 to 100000)",
+            "nerve.yaml.d/c.yaml:1:13: error: max_active is \"100001\"",
+            "nerve.yaml.d/d.yaml:2:1: error: \"max_active\" is here twice",
+            "nerve.yaml.d/e.yaml:1:1: error: a settings file is a list",
+            "nerve.yaml.d/f.yaml:",
+        ];
+        let found = says(&loaded);
+        assert_eq!(found.len(), expected.len(), "{found:#?}");
+        for (found, expected) in found.iter().zip(expected) {
+            assert!(found.starts_with(expected), "{found}\nis not {expected}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_told() {
+        let root = tempfile::tempdir().unwrap();
+        let file = root.path().join("nerve.yaml");
+        symlink("nowhere", &file).unwrap();
+        fs::write(drop_ins(&file), "no directory").unwrap();
+        let loaded = load(&file, Trust::Anyone);
+        assert_eq!(loaded.diagnostics.len(), 2, "{:?}", says(&loaded));
+        fs::remove_file(&file).unwrap();
+        symlink("/dev/null", &file).unwrap();
+        let nulled = load(&file, Trust::Anyone);
+        assert_eq!(nulled.diagnostics.len(), 1, "{:?}", says(&nulled));
+    }
+
+    #[test]
+    fn a_file_that_others_can_change_is_not_trusted() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let root = tempfile::tempdir().unwrap();
+        let file = root.path().join("nerve.yaml");
+        fs::write(&file, "max_active: 3\n").unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o666)).unwrap();
+        let loaded = load(&file, Trust::RootOwned);
+        assert_eq!(loaded.settings, Settings::default());
+        assert!(says(&loaded)[0].contains("not trusted"), "{loaded:?}");
+    }
+}
