@@ -22,6 +22,8 @@ mod ending;
 mod input;
 mod recovery;
 #[cfg(test)]
+mod simulation;
+#[cfg(test)]
 mod tests;
 mod turn;
 mod unit;
