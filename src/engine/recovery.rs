@@ -97,7 +97,8 @@ impl Engine {
         let started = open.run.started();
         let is_lost = started.is_some_and(|started| started.is_lost);
         let is_of_earlier_boot = started.is_some_and(|started| {
-            started.place.is_some() && !started.is_lost && started.boot_id != self.boot_id
+            let is_known = started.place.is_some() && !started.boot_id.is_empty();
+            is_known && !started.is_lost && started.boot_id != self.boot_id
         });
         self.open.insert(id, open);
         if status == Status::Queued {

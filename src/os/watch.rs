@@ -11,9 +11,10 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::inotify::{self, CreateFlags, Event, Reader, WatchFlags};
+use rustix::fs::inotify::{self, CreateFlags, Event, ReadFlags, Reader, WatchFlags};
 use rustix::io::Errno;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -37,7 +38,8 @@ const BUFFER_BYTES: usize = 4_096;
 #[derive(Debug)]
 pub struct Watch {
     inotify: AsyncFd<OwnedFd>,
-    concerns: HashMap<i32, Concern>,
+    /// Each watched directory.
+    concerns: HashMap<i32, (PathBuf, Concern)>,
 }
 
 /// Which entries of a watched directory matter. What happens to itself always does.
@@ -125,8 +127,10 @@ impl Watch {
         };
         match inotify::add_watch(&self.inotify, directory, flags | WatchFlags::MASK_ADD) {
             Ok(id) => {
-                let known = self.concerns.remove(&id).unwrap_or(Concern::nothing());
-                self.concerns.insert(id, known.and(concern));
+                let known = self.concerns.remove(&id);
+                let known = known.map_or(Concern::nothing(), |(_, known)| known);
+                self.concerns
+                    .insert(id, (directory.to_owned(), known.and(concern)));
                 Ok(Place::Here)
             }
             Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::ACCESS) => Ok(Place::Missing),
@@ -158,12 +162,23 @@ impl Watch {
         let Some(name) = event.file_name() else {
             return true;
         };
-        match self.concerns.get(&event.wd()) {
-            Some(Concern::All) => true,
-            Some(Concern::Only(names)) => names.contains(OsStr::from_bytes(name.to_bytes())),
-            None => false,
-        }
+        let name = OsStr::from_bytes(name.to_bytes());
+        let Some((directory, concern)) = self.concerns.get(&event.wd()) else {
+            return false;
+        };
+        let matters = match concern {
+            Concern::All => true,
+            Concern::Only(names) => names.contains(name),
+        };
+        // A file that was opened to be written is there and empty: it is heard of again when it is closed.
+        let is_new = event.events().contains(ReadFlags::CREATE);
+        matters && !(is_new && is_being_written(&directory.join(name)))
     }
+}
+
+/// Whether this is a file that came by being written, and not by another name for one that there was.
+fn is_being_written(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|found| found.is_file() && found.nlink() == 1)
 }
 
 impl Concern {
@@ -262,8 +277,9 @@ mod tests {
     async fn a_file_that_is_being_written_is_a_change_when_it_is_closed() {
         use std::io::Write as _;
         let root = tempfile::tempdir().unwrap();
-        let mut file = fs::File::create(root.path().join("a")).unwrap();
         let watch = watch(&[root.path()]);
+        let mut file = fs::File::create(root.path().join("a")).unwrap();
+        assert!(!watch.has_changed());
         file.write_all(b"half").unwrap();
         assert!(!watch.has_changed());
         drop(file);
