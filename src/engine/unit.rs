@@ -28,7 +28,8 @@ pub struct Unit {
     pub death: Option<Death>,
     /// Whether somebody had systemd stop or restart its newest invocation.
     pub stop: Stop,
-    /// The digest of the settings that nerve started it with ([`crate::model::workflow::WorkerSettings::digest`]).
+    /// The digest of the settings that nerve started it with ([`crate::model::workflow::WorkerSettings::digest`]); none
+    /// when only the end of an invocation is told that is not the newest any more.
     pub settings: Option<String>,
     /// For people: systemd's own words, or what stands in the way.
     pub detail: String,

@@ -170,7 +170,7 @@ impl Engine {
         }
         let is_earlier = |current: &Current| {
             let is_other = current.invocation != unit.invocation && !unit.invocation.is_empty();
-            is_other && unit.state == UnitState::Starting && unit.death.is_some()
+            is_other && unit.settings.is_none() && unit.death.is_some()
         };
         let is_known = worker.buried.contains(&unit.invocation);
         if worker.current.as_ref().is_some_and(is_earlier) {
