@@ -32,7 +32,8 @@ impl Engine {
                 continue;
             };
             let is_here = open.place() == Some(&place);
-            let is_elsewhere = open.place().is_some() && !is_here;
+            let is_lost = open.run.started().is_some_and(|started| started.is_lost);
+            let is_elsewhere = open.place().is_some() && (!is_here || is_lost);
             if is_closed && !open.is_with(&place.invocation)
                 || open.is_held()
                 || open.is_finishing()
@@ -41,7 +42,7 @@ impl Engine {
             {
                 continue;
             }
-            if !is_here {
+            if !is_here || is_lost {
                 let attempt = open.run.started().map_or(0, |started| started.attempt) + 1;
                 let event = RunEvent::Dispatched {
                     place: place.clone(),
@@ -76,6 +77,7 @@ impl Engine {
             definition,
         };
         open.held = Held::Works;
+        open.is_inherited = false;
         open.cgroup = Cgroup::Unknown;
         self.act(Action::Dispatch { link, dispatch });
     }

@@ -9,6 +9,7 @@ use crate::model::moderator::{self, Next};
 use crate::model::name::RunId;
 use crate::model::run::{AbortRequest, Illegal, KillRequest, RunEvent};
 use crate::model::status::RunResult;
+use crate::model::worker::{Cause, Death};
 
 impl Engine {
     /// Accepts a kill. A repeated one counts anew, so that somebody who is in a hurry can shorten the grace.
@@ -253,7 +254,17 @@ impl Engine {
                 next == Next::End(result.clone())
                     || result == RunResult::Timeout && workflow.timeout.is_some()
             });
-            if !moderated && open.ending.is_none() {
+            let is_unasked = !moderated && open.ending.is_none();
+            if is_unasked && open.is_inherited && result == RunResult::Killed {
+                // An earlier nerved wanted that, and did not live to store why. The run goes on.
+                self.tell(link, Order::EventAck { run: id });
+                if let Some(open) = self.open.get_mut(&id) {
+                    open.held = Held::No;
+                }
+                self.lost(id, &Death::of(Cause::Unseen))?;
+                return Ok(Touched::Workflow(name));
+            }
+            if is_unasked {
                 let error = format!("run {id} does not end {result} here");
                 self.act(Action::Refuse { link, error });
                 return Ok(Touched::Nothing);

@@ -120,6 +120,8 @@ struct Open {
     held: Held,
     /// What is known of its cgroup.
     cgroup: Cgroup,
+    /// An earlier nerved handed it over, and may have told the worker what nobody remembers.
+    is_inherited: bool,
     /// How it ends, as soon as its cgroup is empty.
     ending: Option<Box<(RunResult, Option<String>)>>,
     /// When nerved kills the cgroup itself.
@@ -157,6 +159,7 @@ impl Open {
             definition: None,
             held: Held::No,
             cgroup: Cgroup::Unknown,
+            is_inherited: false,
             ending: None,
             kill_at: None,
             timeout_at: None,

@@ -80,7 +80,7 @@ impl Engine {
         self.next_order += 1;
         let (id, name, status) = (run.id, run.workflow.clone(), run.status());
         let mut open = Open::new(run, order);
-        open.timeout_at = None;
+        open.is_inherited = true;
         if let Some(started) = open.run.started() {
             open.definition = pinned.get(&started.definition).cloned();
             open.timeout_at = self.timeout_at(&open);

@@ -646,7 +646,12 @@ impl Oracle {
                     run.invocation,
                     "{id:?} was lost by another worker"
                 );
-                self.check_death(workflow, run.invocation, death, machine);
+                // A worker may have killed a run for an earlier nerved that did not live to say why.
+                let is_given_up =
+                    death.cause == Cause::Unseen && run.reported.contains(&RunResult::Killed);
+                if !is_given_up {
+                    self.check_death(workflow, run.invocation, death, machine);
+                }
                 let run = self.runs.get_mut(&id).unwrap();
                 run.is_lost = true;
                 run.blame += u32::from(!is_blameless(death));
