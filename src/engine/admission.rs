@@ -26,13 +26,10 @@ impl Engine {
             return Touched::Nothing;
         }
         let known = self.workflows.get(&name).map(|workflow| &workflow.known);
-        let refusal = match known {
-            Some(known) if known.definition.is_some() => None,
-            Some(known) => known.fault.clone().map(Answer::BadDefinition),
-            None => None,
-        };
         if known.is_none_or(|known| known.definition.is_none()) {
-            self.answer(ticket, refusal.unwrap_or(Answer::UnknownWorkflow));
+            let fault = known.and_then(|known| known.fault.clone());
+            let answer = fault.map_or(Answer::UnknownWorkflow, Answer::BadDefinition);
+            self.answer(ticket, answer);
             return Touched::Nothing;
         }
         if let Some(key) = key {

@@ -18,7 +18,7 @@ impl Engine {
         &mut self,
         name: &WorkflowName,
         invocation: &str,
-        unit: Option<&Unit>,
+        unit: &Unit,
     ) -> Result<(), Illegal> {
         let worker = &mut self.workflow(name).worker;
         let current = worker
@@ -28,8 +28,9 @@ impl Engine {
         if worker.buried.len() > REMEMBERED {
             worker.buried.pop_front();
         }
-        let is_of_it = |unit: &&Unit| unit.invocation == invocation || unit.invocation.is_empty();
-        let unit = unit.filter(is_of_it);
+        // What is said of another invocation says nothing of this one.
+        let is_of_it = unit.invocation == invocation || unit.invocation.is_empty();
+        let unit = Some(unit).filter(|_| is_of_it);
         let seen = unit.and_then(|unit| unit.death.clone());
         let was_told = current
             .as_ref()
@@ -208,13 +209,15 @@ impl Engine {
     pub(super) fn start_failed(&mut self, name: &WorkflowName) {
         let now = self.now.boot_us;
         let worker = &mut self.workflow(name).worker;
-        let tries = worker.retry.map_or(0, |(_, tries)| tries);
         let (first, longest) = limits::RECONNECT;
-        let pause = first.saturating_mul(1 << tries.min(10)).min(longest);
+        let pause = first
+            .saturating_mul(1 << worker.retries.min(10))
+            .min(longest);
         if std::mem::take(&mut worker.start_pending) {
             worker.unit = Some(UnitState::Absent);
         }
-        worker.retry = Some((now + micros(pause), tries + 1));
+        worker.retry_at = Some(now + micros(pause));
+        worker.retries += 1;
     }
 
     /// What is due of a worker: it should be ready, gone, or heard of by now; or may be started again.
@@ -223,9 +226,7 @@ impl Engine {
         let worker = &mut self.workflow(name).worker;
         let mut is_to_be_read = false;
         let mut to_kill = None;
-        if let Some((at, _)) = worker.retry.as_mut().filter(|(at, _)| *at <= now) {
-            *at = 0;
-        }
+        worker.retry_at.take_if(|at| *at <= now);
         if worker.heard_by.is_some_and(|at| at <= now) {
             worker.heard_by = Some(now + micros(limits::READY_TIMEOUT));
             is_to_be_read = true;

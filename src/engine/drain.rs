@@ -55,7 +55,7 @@ impl Engine {
         }
         self.note(&name, WorkerEvent::WorkflowReset { by });
         let worker = &mut self.workflow(&name).worker;
-        worker.retry = None;
+        worker.forget_retries();
         if !matches!(
             worker.unit,
             None | Some(UnitState::Absent | UnitState::Foreign)

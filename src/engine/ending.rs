@@ -2,7 +2,7 @@
 //! the end was committed wins, and a kill wins over both.
 
 use super::admission::micros;
-use super::{Action, Answer, Cgroup, Engine, Held, LinkId, Order, Ticket, Touched, UnitState};
+use super::{Action, Answer, Cgroup, Engine, Held, LinkId, Order, Ticket, Touched};
 use crate::model::limits;
 use crate::model::message::Message;
 use crate::model::moderator::{self, Next};
@@ -93,10 +93,9 @@ impl Engine {
         let (is_held, is_nowhere) = (open.is_held(), open.is_nowhere());
         let name = open.run.workflow.clone();
         let worker = &self.workflow(&name).worker;
-        let is_gone = matches!(worker.unit, Some(UnitState::Absent | UnitState::Failed));
         match worker.link() {
             Some(link) if is_held => self.tell(link, Order::KillThread { run: id, grace_us }),
-            _ if is_nowhere || is_gone => self.empty(id),
+            _ if is_nowhere || worker.is_down() => self.empty(id),
             _ => {}
         }
     }

@@ -329,6 +329,15 @@ impl World {
         })
     }
 
+    fn ended(&mut self, link: LinkId, run: RunId, result: RunResult, is_empty: bool) -> &[Action] {
+        self.step(Input::Ended {
+            link,
+            run,
+            result,
+            is_empty,
+        })
+    }
+
     fn status(&self, run: RunId) -> Status {
         self.runs[&run].status()
     }
@@ -414,12 +423,7 @@ fn a_run_goes_from_the_queue_over_its_rounds_to_its_end() {
     world.said(1, run, 1, reply("a", "ok"));
     assert_eq!(world.orders(), [Order::MessageAck { run, round: 1 }]);
     world.said(1, run, 2, reply("b", "ok"));
-    world.step(Input::Ended {
-        link: 1,
-        run,
-        result: RunResult::Success,
-        is_empty: true,
-    });
+    world.ended(1, run, RunResult::Success, true);
     assert_eq!(world.orders(), [Order::EventAck { run }]);
     assert_eq!(
         (world.status(run), world.result(run)),
@@ -526,12 +530,7 @@ fn a_kill_waits_for_the_empty_cgroup_whoever_confirms_it() {
     );
     assert!(world.runs[&run].is_killing());
     // The worker says killed, but processes were seen.
-    world.step(Input::Ended {
-        link: 1,
-        run,
-        result: RunResult::Killed,
-        is_empty: false,
-    });
+    world.ended(1, run, RunResult::Killed, false);
     assert_eq!(
         (world.emptied(), world.status(run)),
         (vec![run], Status::Started)
@@ -592,12 +591,7 @@ fn after_a_kill_no_message_counts_and_no_natural_end() {
         (world.orders(), world.runs[&run].position().rounds),
         (vec![], 1)
     );
-    world.step(Input::Ended {
-        link: 1,
-        run,
-        result: RunResult::Success,
-        is_empty: true,
-    });
+    world.ended(1, run, RunResult::Success, true);
     assert_eq!(world.status(run), Status::Killed);
 }
 
@@ -605,12 +599,7 @@ fn after_a_kill_no_message_counts_and_no_natural_end() {
 fn an_end_that_was_first_stays() {
     let (mut world, run) = World::working("");
     world.said(1, run, 1, reply("a", "error"));
-    world.step(Input::Ended {
-        link: 1,
-        run,
-        result: RunResult::ExitCode(3),
-        is_empty: true,
-    });
+    world.ended(1, run, RunResult::ExitCode(3), true);
     world.kill(run);
     assert_eq!(world.answers(), [Answer::NotOpen]);
     assert_eq!(world.result(run), Some("exit-code:3".into()));
@@ -653,12 +642,7 @@ fn a_worker_that_speaks_out_of_turn_is_refused_and_nothing_is_stored() {
     ] {
         let (mut world, run) = World::working("");
         let result = result.parse().unwrap();
-        world.step(Input::Ended {
-            link: 1,
-            run,
-            result,
-            is_empty: true,
-        });
+        world.ended(1, run, result, true);
         assert!(world.refuses());
         assert_eq!(world.status(run), Status::Started);
     }
@@ -680,12 +664,7 @@ fn max_rounds_ends_a_loop() {
     for (round, role, status) in [(1, "a", "ok"), (2, "b", "error"), (3, "a", "ok")] {
         world.said(1, run, round, reply(role, status));
     }
-    world.step(Input::Ended {
-        link: 1,
-        run,
-        result: RunResult::MaxRounds,
-        is_empty: true,
-    });
+    world.ended(1, run, RunResult::MaxRounds, true);
     assert_eq!(
         world.runs[&run].ended().unwrap().0.end(),
         (Status::Failed, 2)
@@ -778,12 +757,7 @@ fn after_two_deaths_runs_are_resumed_one_at_a_time_until_the_guilty_one_is_found
     world.said(3, first, 1, reply("a", "ok"));
     world.said(3, first, 2, reply("b", "ok"));
     assert_eq!(world.dispatched(), []);
-    world.step(Input::Ended {
-        link: 3,
-        run: first,
-        result: RunResult::Success,
-        is_empty: true,
-    });
+    world.ended(3, first, RunResult::Success, true);
     assert_eq!(world.dispatched(), [(guilty, 3)]);
     world.replaced("i3", 4, "i4");
     assert_eq!(world.dispatched(), [(third, 3)]);
@@ -968,12 +942,7 @@ fn a_drained_worker_gets_nothing_new_and_the_next_one_does() {
     assert_eq!(world.status(second), Status::Queued);
     world.said(1, first, 1, reply("a", "ok"));
     world.said(1, first, 2, reply("b", "ok"));
-    world.step(Input::Ended {
-        link: 1,
-        run: first,
-        result: RunResult::Success,
-        is_empty: true,
-    });
+    world.ended(1, first, RunResult::Success, true);
     assert_eq!(
         world.orders(),
         [Order::EventAck { run: first }, Order::Shutdown]
@@ -1005,12 +974,7 @@ fn only_a_drain_with_a_time_out_ends_runs() {
             grace_us: 5 * SECOND
         }]
     );
-    world.step(Input::Ended {
-        link: 1,
-        run,
-        result: RunResult::Killed,
-        is_empty: true,
-    });
+    world.ended(1, run, RunResult::Killed, true);
     assert_eq!(
         (world.status(run), world.result(run)),
         (Status::Interrupted, Some("drained".into()))
@@ -1037,12 +1001,7 @@ fn a_changed_worker_section_waits_for_the_last_run_and_never_interrupts_one() {
     assert_eq!((world.worker(), world.orders()), ("draining", vec![]));
     let next = world.start();
     world.kill(run);
-    world.step(Input::Ended {
-        link: 1,
-        run,
-        result: RunResult::Killed,
-        is_empty: true,
-    });
+    world.ended(1, run, RunResult::Killed, true);
     assert_eq!(world.status(next), Status::Queued);
     assert_eq!(world.orders(), [Order::EventAck { run }, Order::Shutdown]);
     world.unit(UnitState::Absent, "", None);
@@ -1231,12 +1190,7 @@ fn an_abort_waits_for_the_round_and_for_nothing_else() {
     assert_eq!(world.answers(), [Answer::Ending]);
     world.said(1, run, 1, reply("a", "ok"));
     assert_eq!(world.orders(), [Order::KillThread { run, grace_us: 0 }]);
-    world.step(Input::Ended {
-        link: 1,
-        run,
-        result: RunResult::Aborted,
-        is_empty: true,
-    });
+    world.ended(1, run, RunResult::Aborted, true);
     assert_eq!(
         world.runs[&run].ended().unwrap().0.end(),
         (Status::Aborted, 143)
@@ -1260,12 +1214,7 @@ fn a_kill_overrides_an_abort() {
     let (mut world, run) = World::working("");
     world.abort(run);
     world.kill(run);
-    world.step(Input::Ended {
-        link: 1,
-        run,
-        result: RunResult::Killed,
-        is_empty: true,
-    });
+    world.ended(1, run, RunResult::Killed, true);
     assert_eq!(world.status(run), Status::Killed);
 }
 
@@ -1329,12 +1278,7 @@ fn a_restart_of_nerved_adopts_what_the_worker_has_and_sends_what_it_lacks() {
     world.ready(1, "i1", &[first]);
     assert_eq!(world.dispatched(), [(second, 1)]);
     world.said(1, first, 2, reply("b", "ok"));
-    world.step(Input::Ended {
-        link: 1,
-        run: first,
-        result: RunResult::Success,
-        is_empty: true,
-    });
+    world.ended(1, first, RunResult::Success, true);
     assert_eq!(world.status(first), Status::Completed);
 }
 
@@ -1392,12 +1336,7 @@ fn queued_runs_of_a_workflow_that_is_gone_are_dropped() {
 fn a_worker_that_has_a_run_that_ended_is_told_to_forget_it() {
     let (mut world, run) = World::working("");
     world.kill(run);
-    world.step(Input::Ended {
-        link: 1,
-        run,
-        result: RunResult::Killed,
-        is_empty: true,
-    });
+    world.ended(1, run, RunResult::Killed, true);
     world.ready(2, "i1", &[run]);
     let expected = [
         Order::Welcome,
@@ -1430,12 +1369,7 @@ fn time_in_the_queue_does_not_count() {
     let second = world.start();
     world.advance(Duration::from_secs(9));
     world.kill(first);
-    world.step(Input::Ended {
-        link: 1,
-        run: first,
-        result: RunResult::Killed,
-        is_empty: true,
-    });
+    world.ended(1, first, RunResult::Killed, true);
     let left = world.actions.iter().find_map(|action| match action {
         Action::Dispatch { dispatch, .. } if dispatch.run == second => dispatch.timeout_us,
         _ => None,
@@ -1447,12 +1381,7 @@ fn time_in_the_queue_does_not_count() {
 fn an_idle_worker_is_sent_home_and_called_back() {
     let (mut world, run) = World::working("");
     world.kill(run);
-    world.step(Input::Ended {
-        link: 1,
-        run,
-        result: RunResult::Killed,
-        is_empty: true,
-    });
+    world.ended(1, run, RunResult::Killed, true);
     world.advance(limits::WORKER_IDLE.saturating_sub(Duration::from_micros(1)));
     assert_eq!(world.orders(), []);
     world.advance(Duration::from_micros(1));

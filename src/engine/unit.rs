@@ -36,6 +36,17 @@ pub struct Unit {
 }
 
 impl Unit {
+    /// Whether its newest invocation has ended, or it never had one.
+    pub(super) fn has_ended(&self) -> bool {
+        match self.state {
+            UnitState::Absent | UnitState::Failed | UnitState::Foreign => true,
+            UnitState::Starting => {
+                self.invocation.is_empty() || self.death.is_some() || self.stop != Stop::Nobody
+            }
+            UnitState::Active | UnitState::Stopping => self.invocation.is_empty(),
+        }
+    }
+
     /// A unit that is not there.
     #[must_use]
     pub fn absent(read: ReadId) -> Self {
@@ -99,8 +110,10 @@ pub(super) struct Worker {
     pub(super) detail: String,
     /// systemd was asked to start the unit and has not answered: that there is none is no news.
     pub(super) start_pending: bool,
-    /// Not to be started before then, and how often that was put off.
-    pub(super) retry: Option<(u64, u32)>,
+    /// Not to be started before then.
+    pub(super) retry_at: Option<u64>,
+    /// How often the start was put off.
+    pub(super) retries: u32,
     /// By then systemd must have said something of a unit that was started.
     pub(super) heard_by: Option<u64>,
 }
@@ -229,7 +242,13 @@ impl Worker {
         matches!(self.unit, Some(UnitState::Absent | UnitState::Failed))
             && self.current.is_none()
             && !self.start_pending
-            && self.retry.is_none_or(|(at, _)| at == 0)
+            && self.retry_at.is_none()
+    }
+
+    /// It can be started, or need not be: what was put off is put off no more.
+    pub(super) fn forget_retries(&mut self) {
+        self.retry_at = None;
+        self.retries = 0;
     }
 
     pub(super) fn forget_unit(&mut self) {
@@ -250,8 +269,7 @@ impl Worker {
             let ready = current.ready_by.map(Patience::at);
             [idle, ready, current.gone_by].into_iter().flatten().min()
         });
-        let retry = self.retry.map(|(at, _)| at).filter(|at| *at != 0);
-        [of_current, retry, self.heard_by]
+        [of_current, self.retry_at, self.heard_by]
             .into_iter()
             .flatten()
             .min()

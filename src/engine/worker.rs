@@ -47,16 +47,14 @@ impl Engine {
         }
         let worker = &mut self.workflow(name).worker;
         worker.unit = Some(UnitState::Active);
-        worker.retry = None;
+        worker.forget_retries();
         let Some(current) = worker.current.as_mut() else {
             return;
         };
         current.ready_by = None;
         current.cgroup.clone_from(&place.cgroup);
         if let Some(old) = current.link.replace(link) {
-            self.links.remove(&old);
-            let error = "another connection of this worker replaced this one".to_owned();
-            self.act(Action::Refuse { link: old, error });
+            self.replaced(old);
         }
         self.links.insert(link, name.clone());
         self.tell(link, Order::Welcome);
@@ -73,13 +71,17 @@ impl Engine {
     fn wait_for_systemd(&mut self, name: &WorkflowName, peer: Peer) {
         self.links.insert(peer.link, name.clone());
         if let Some(before) = self.workflow(name).worker.waiting.replace(peer) {
-            let link = before.link;
-            self.links.remove(&link);
-            let error = "another connection of this worker replaced this one".to_owned();
-            self.act(Action::Refuse { link, error });
+            self.replaced(before.link);
         }
         let workflow = name.clone();
         self.act(Action::ReadUnit { workflow });
+    }
+
+    /// Its worker has made another connection.
+    fn replaced(&mut self, link: LinkId) {
+        self.links.remove(&link);
+        let error = "another connection of this worker replaced this one".to_owned();
+        self.act(Action::Refuse { link, error });
     }
 
     /// A run and the worker that is ready, when it is or was that worker's.
@@ -155,16 +157,16 @@ impl Engine {
     }
 
     pub(super) fn unit(&mut self, name: &WorkflowName, unit: &Unit) -> Result<(), Illegal> {
-        let worker = &mut self.workflow(name).worker;
-        let is_down = matches!(unit.state, UnitState::Absent | UnitState::Failed);
-        if unit.read < worker.read {
+        if unit.read < self.workflow(name).worker.read {
             return Ok(());
         }
-        worker.read = unit.read;
         if unit.stop == Stop::GoingDown {
             self.going_down_until = Some(self.now.boot_us + micros(limits::GOING_DOWN));
         }
+        let now = self.now.boot_us;
         let worker = &mut self.workflow(name).worker;
+        worker.read = unit.read;
+        let is_down = matches!(unit.state, UnitState::Absent | UnitState::Failed);
         if worker.start_pending && is_down {
             return Ok(());
         }
@@ -172,57 +174,25 @@ impl Engine {
             let is_other = current.invocation != unit.invocation && !unit.invocation.is_empty();
             is_other && unit.settings.is_none() && unit.death.is_some()
         };
-        let is_known = worker.buried.contains(&unit.invocation);
         if worker.current.as_ref().is_some_and(is_earlier) {
             // The end of one that came before the one that is there.
-            return if is_known {
+            return if worker.buried.contains(&unit.invocation) {
                 Ok(())
             } else {
-                self.died(name, &unit.invocation, Some(unit))
+                self.died(name, &unit.invocation, unit)
             };
         }
-        worker.start_pending = false;
-        worker.heard_by = None;
-        worker.detail.clone_from(&unit.detail);
-        let before = worker.unit.replace(unit.state);
-        let has_ended = match unit.state {
-            UnitState::Absent | UnitState::Failed | UnitState::Foreign => true,
-            UnitState::Starting => {
-                unit.invocation.is_empty() || unit.death.is_some() || unit.stop != Stop::Nobody
-            }
-            UnitState::Active | UnitState::Stopping => unit.invocation.is_empty(),
-        };
-        let now = self.now.boot_us;
-        let known = self
-            .workflow(name)
-            .worker
-            .invocation()
-            .map(ToOwned::to_owned);
         let is_returning = unit.state == UnitState::Starting && !unit.invocation.is_empty();
-        let worker = &mut self.workflow(name).worker;
+        let before = worker.unit.replace(unit.state);
+        worker.start_pending = false;
+        worker.detail.clone_from(&unit.detail);
         worker.returning = unit.settings.clone().filter(|_| is_returning);
-        if is_returning && has_ended {
-            worker.heard_by = Some(now + micros(limits::READY_TIMEOUT));
-        }
-        if has_ended {
-            self.bury(name, None, Some(unit))?;
-        } else if known.as_ref() == Some(&unit.invocation) {
-            if let Some(current) = &mut self.workflow(name).worker.current {
-                current.settings.clone_from(&unit.settings);
-                if !unit.cgroup.is_empty() {
-                    current.cgroup.clone_from(&unit.cgroup);
-                }
-                if current.link.is_none() && current.ready_by.is_none() {
-                    current.ready_by = Some(Patience::with_known(now));
-                }
-            }
+        worker.heard_by =
+            (is_returning && unit.has_ended()).then(|| now + micros(limits::READY_TIMEOUT));
+        if unit.has_ended() {
+            self.bury(name, None, unit)?;
         } else {
-            self.bury(name, Some(&unit.invocation), Some(unit))?;
-            let place = Place {
-                invocation: unit.invocation.clone(),
-                cgroup: unit.cgroup.clone(),
-            };
-            self.appeared(name, unit.read, Current::new(&place, unit.settings.clone()));
+            self.lives(name, unit)?;
         }
         if before == Some(UnitState::Foreign) {
             // Whoever stopped that did not mean ours.
@@ -231,11 +201,8 @@ impl Engine {
                 self.note(name, WorkerEvent::WorkerStopped);
             }
         } else if unit.state == UnitState::Failed && before != Some(UnitState::Failed) {
-            self.block(
-                name,
-                &format!("systemd gave up on {}", unit.detail),
-                unit.death.as_ref(),
-            )?;
+            let detail = format!("systemd gave up on {}", unit.detail);
+            self.block(name, &detail, unit.death.as_ref())?;
         }
         let worker = &mut self.workflow(name).worker;
         let is_clear = worker.current.is_some() || worker.is_down();
@@ -243,6 +210,32 @@ impl Engine {
             self.links.remove(&peer.link);
             self.ready(name, peer);
         }
+        Ok(())
+    }
+
+    /// The unit's newest invocation lives, whether it was known or not.
+    fn lives(&mut self, name: &WorkflowName, unit: &Unit) -> Result<(), Illegal> {
+        let now = self.now.boot_us;
+        let current = &mut self.workflow(name).worker.current;
+        let known = current
+            .as_mut()
+            .filter(|current| current.invocation == unit.invocation);
+        if let Some(current) = known {
+            current.settings.clone_from(&unit.settings);
+            if !unit.cgroup.is_empty() {
+                current.cgroup.clone_from(&unit.cgroup);
+            }
+            if current.link.is_none() && current.ready_by.is_none() {
+                current.ready_by = Some(Patience::with_known(now));
+            }
+            return Ok(());
+        }
+        self.bury(name, Some(&unit.invocation), unit)?;
+        let place = Place {
+            invocation: unit.invocation.clone(),
+            cgroup: unit.cgroup.clone(),
+        };
+        self.appeared(name, unit.read, Current::new(&place, unit.settings.clone()));
         Ok(())
     }
 
@@ -269,12 +262,12 @@ impl Engine {
         &mut self,
         name: &WorkflowName,
         alive: Option<&str>,
-        unit: Option<&Unit>,
+        unit: &Unit,
     ) -> Result<(), Illegal> {
         let mut gone = self.others(name, alive);
         // It came and went between two looks.
-        let brief = unit.filter(|unit| unit.state == UnitState::Starting && unit.death.is_some());
-        if let Some(unit) = brief
+        let is_brief = unit.state == UnitState::Starting && unit.death.is_some();
+        if is_brief
             && !gone.contains(&unit.invocation)
             && !self.workflow(name).worker.buried.contains(&unit.invocation)
         {

@@ -42,6 +42,7 @@ impl Hands {
         Self { world, handle }
     }
 
+    /// Has systemd start a worker unit.
     pub(super) fn start_unit(&self, workflow: WorkflowName, settings: WorkerSettings) {
         let Some(systemd) = self.world.systemd.borrow().clone() else {
             let handle = self.handle.clone();
