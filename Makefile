@@ -17,15 +17,22 @@ SECONDS ?= 600
 RUNS    ?= 200
 FAULTS  ?= 300
 SEED    ?=
+# make corruption: how many damages.
+CORRUPTIONS ?= 200000
 
-.PHONY: help setup build build-failpoints demo test test-matrix soak mutants bench install uninstall clean
+# make crash-states: so many distinct ones.
+STATES  ?= 100000
+
+.PHONY: help setup build build-failpoints demo test test-matrix soak crash-states mutants corruption bench install uninstall clean
 
 help:
 	@echo 'make build        compile nerved, nervectl and nerve-worker'
 	@echo 'make demo         see it work, in a throwaway machine'
 	@echo 'make test         every check there is; test-matrix: the suites on newer systemds'
 	@echo 'make soak         ten minutes of faults; SECONDS=, RUNS=, FAULTS=, SEED='
+	@echo 'make crash-states every state that a power cut may leave, every call that may fail; STATES=, SEED='
 	@echo 'make mutants      see that the simulation finds what is planted'
+	@echo 'make corruption   damage a store at random, and see that the check finds it; CORRUPTIONS=, SEED='
 	@echo 'make bench        measure'
 	@echo 'make install      put what is built below $$(DESTDIR)$$(PREFIX); starts nothing'
 	@echo 'make uninstall    remove just that'
@@ -70,10 +77,20 @@ test-matrix:
 soak: setup
 	tests/box run -- tests/soak --seconds $(SECONDS) --runs $(RUNS) --faults $(FAULTS) $(addprefix --seed ,$(SEED))
 
+crash-states:
+	@tests/setup build
+	NERVE_CRASH_STATES=$(STATES) NERVE_WALK_STRIDE=1 $(addprefix NERVE_SEED=,$(SEED)) \
+	    cargo test --locked --test nerve trouble -- --nocapture --test-threads=1
+
 mutants: setup
 	tests/mutants/run
 
+corruption: setup
+	NERVE_CORRUPTIONS=$(CORRUPTIONS) $(addprefix NERVE_SEED=,$(SEED)) cargo test --locked --test nerve damage_that -- --nocapture
+
 bench: setup
+	@tests/setup bench
+	tests/bench/predecessor
 	cargo bench --no-run --locked
 	tests/box run -- tests/bench/run
 
@@ -94,7 +111,7 @@ endef
 
 install:
 	@umask 022; $(FILES) | while read -r mode to from; do install -D -m $$mode "$$from" "$(DESTDIR)$$to" || exit; done
-	@sed -i 's|/usr/libexec/nerve/|$(LIBEXECDIR)/|; s|/usr/bin/nervectl|$(BINDIR)/nervectl|' "$(DESTDIR)$(UNITDIR)/nerve.service"
+	@sed -i 's|/usr/libexec/nerve/|$(LIBEXECDIR)/|; s|/usr/bin/nervectl|$(BINDIR)/nervectl|' $(addprefix "$(DESTDIR)$(UNITDIR)"/,nerve.service nerve-archive.service)
 
 uninstall:
 	@$(FILES) | while read -r mode to from; do rm -f "$(DESTDIR)$$to"; done

@@ -1,8 +1,9 @@
 //! nerved, put together: settings, store, definitions, recovery, the driver, the workers' socket, the bus, READY=1.
 
 use std::collections::HashMap;
-use std::io;
-use std::path::PathBuf;
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::sync::Arc;
 
 use sd_notify::NotifyState;
@@ -15,14 +16,17 @@ use crate::bus::news::Listeners;
 use crate::bus::private::Private;
 use crate::bus::service::Manager;
 use crate::bus::session::Bus;
+use crate::bus::upkeep::Upkeep;
 use crate::config::directory::{self, Trust};
 use crate::config::settings;
 use crate::engine::{Engine, Now, Recovered};
 use crate::manager::definitions::{self, Definitions, InForce, Keeper, Places};
 use crate::manager::driver::Driver;
+use crate::manager::handle::Handle;
 use crate::manager::hands::World;
 use crate::manager::link;
-use crate::os::{clock, socket};
+use crate::manager::room::Room;
+use crate::os::{clock, log, socket};
 use crate::store::{self, Store};
 
 /// Where everything is. Nothing else in nerved names a path, a bus or a uid.
@@ -131,6 +135,7 @@ pub async fn run(settings: Settings) -> Result<(), Error> {
     };
     let (keeper, definitions) = Keeper::load(places, &mut store).map_err(storage)?;
     let engine = recover(&store, keeper.in_force(), &storage)?;
+    let log = store.reserve(store::RESERVE).map_err(storage)?;
     let store = store::Handle::spawn(store).map_err(system("start the store's thread"))?;
     let listener = socket::listen(&settings.socket).map_err(|source| Error::Socket {
         path: settings.socket.clone(),
@@ -149,24 +154,27 @@ pub async fn run(settings: Settings) -> Result<(), Error> {
         socket: settings.socket.clone(),
     };
     let (running, queued) = engine.counts();
+    let room = Room::new(settings.state.clone(), log);
     tracing::info!(
         running,
         queued,
         workflows = keeper.in_force().workflows.len(),
-        "nerved {} starts",
-        env!("CARGO_PKG_VERSION")
+        "nerved {} starts, with {} MiB put aside for a full disk",
+        env!("CARGO_PKG_VERSION"),
+        log.reserved >> 20
     );
-    let (driver, handle) = Driver::new(engine, store.clone(), world, news_sender);
+    let (driver, handle) = Driver::new(engine, store.clone(), room, world, news_sender);
     tokio::spawn(link::serve(listener, systemd.clone(), handle.clone()));
     tokio::spawn(keeper.run(handle.clone(), store.clone()));
-    tokio::spawn(reload_on(hangup, definitions.clone()));
+    tokio::spawn(reload_on(hangup, definitions.clone(), handle.clone()));
     let manager = Manager {
+        authority: Arc::new(Authority::on_bus(handle.clone())),
         handle,
         store,
         systemd,
         definitions,
+        upkeep: Upkeep::default(),
         started_at: clock::wall_us(),
-        authority: Arc::new(Authority::on_bus()),
     };
     let listeners = Listeners::default();
     tokio::spawn(listeners.clone().pass_on(news));
@@ -191,6 +199,7 @@ fn recover(store: &Store, on_disk: &InForce, storage: Storage<'_>) -> Result<Eng
         action: "tell this boot from others",
         source,
     })?;
+    let storage = |error: store::Error| storage(error.at_start());
     let runs = store.open_runs().map_err(storage)?;
     let mut pins = HashMap::new();
     for started in runs.iter().filter_map(|run| run.started()) {
@@ -218,7 +227,7 @@ fn recover(store: &Store, on_disk: &InForce, storage: Storage<'_>) -> Result<Eng
 }
 
 /// Takes new definitions whenever systemd, or somebody, sends SIGHUP.
-async fn reload_on(mut hangup: Signal, definitions: Definitions) {
+async fn reload_on(mut hangup: Signal, definitions: Definitions, manager: Handle) {
     while hangup.recv().await.is_some() {
         let reloading = NotifyState::monotonic_usec_now().map(|now| [NotifyState::Reloading, now]);
         if let Ok(reloading) = reloading {
@@ -226,6 +235,33 @@ async fn reload_on(mut hangup: Signal, definitions: Definitions) {
         }
         // What is wrong is in the log.
         definitions.reload().await;
+        // Who is going down says so elsewhere.
+        let _ = manager.audit(definitions::reloaded(None)).await;
         let _ = sd_notify::notify(&[NotifyState::Ready]);
+    }
+}
+
+/// Checks a store that no nerved has open, and says what it finds.
+#[must_use]
+pub fn check(directory: &Path) -> ExitCode {
+    /// Exit status when something is wrong with the store.
+    const FAULTY: u8 = 65;
+    match store::check::offline::offline(directory, &std::env::temp_dir()) {
+        Ok(report) => {
+            let said = io::stdout().write_all(report.to_string().as_bytes());
+            match said {
+                Ok(()) if report.is_clean() => ExitCode::SUCCESS,
+                Ok(()) => ExitCode::from(FAULTY),
+                Err(_) => ExitCode::FAILURE,
+            }
+        }
+        Err(error) => {
+            tracing::error!(
+                "failed to check {}: {}",
+                directory.display(),
+                log::whole(&error)
+            );
+            ExitCode::FAILURE
+        }
     }
 }

@@ -8,16 +8,17 @@ use serde_json::{Value, json};
 use tokio::time::{Instant, timeout_at};
 
 use super::error::Error;
-use super::words::{Event, Pause, Run, WorkflowStatus};
+use super::words::{Event, ListFilter, Pause, Run, WorkflowStatus};
 use crate::engine::{self, Answer};
 use crate::model::limits;
 use crate::model::name::{RunId, WorkflowName};
 use crate::model::run::{Caller, RunEvent};
-use crate::model::status::RunResult;
+use crate::model::status::{RunResult, UnknownWord};
 use crate::model::time::utc;
 use crate::model::worker;
 use crate::model::workflow::{OnFull, Overflow};
-use crate::store::{self, EventRow, RunRow};
+use crate::os::log::whole;
+use crate::store::{self, EventRow, RunFilter, RunRow};
 use crate::systemd::Systemd;
 
 /// So long systemd may take to say who the workers are; a status without their pids is better than none.
@@ -29,14 +30,18 @@ pub(super) fn invalid(error: impl std::fmt::Display) -> Error {
 
 #[expect(clippy::needless_pass_by_value, reason = "called by map_err")]
 pub(super) fn unreadable(error: store::Error) -> Error {
-    tracing::error!(%error, "failed to read the store");
-    Error::Internal(error.to_string())
+    let why = whole(&error);
+    tracing::error!("failed to read the store: {why}");
+    if error.is_damage() {
+        return Error::Damaged(format!(
+            "{why}; `nervectl store check` tells what else is wrong"
+        ));
+    }
+    Error::Internal(why)
 }
 
-pub(super) fn no_space(what: &str) -> Error {
-    Error::NoSpace(format!(
-        "no space is left for the database in /var/lib/nerve; {what}"
-    ))
+pub(super) fn no_space(why: &str, what: &str) -> Error {
+    Error::NoSpace(format!("{why}; {what}"))
 }
 
 pub(super) fn unknown_workflow(workflow: &WorkflowName) -> Error {
@@ -49,7 +54,7 @@ pub(super) fn unknown_workflow(workflow: &WorkflowName) -> Error {
 pub(super) fn done(answer: Answer, workflow: Option<&WorkflowName>) -> Result<(), Error> {
     match (answer, workflow) {
         (Answer::UnknownWorkflow, Some(workflow)) => Err(unknown_workflow(workflow)),
-        (Answer::NoSpace, _) => Err(no_space("nothing has changed")),
+        (Answer::NoSpace(why), _) => Err(no_space(&why, "nothing has changed")),
         _ => Ok(()),
     }
 }
@@ -121,14 +126,35 @@ pub(super) fn refusal(run: RunId, row: &RunRow, events: &[EventRow]) -> Error {
     };
     let asked = asked.map_or_else(String::new, |asked| format!(", {asked}"));
     let (status, at) = (row.status, utc(ended_at));
-    let result = row.result.as_deref().unwrap_or_default();
+    let result = row.result.as_ref();
+    let result = result.map_or_else(String::new, |result| format!(" ({result})"));
     Error::AlreadyEnded(format!(
-        "run {run} had already ended: {status} ({result}) at {at}{asked}"
+        "run {run} had already ended: {status}{result} at {at}{asked}"
     ))
 }
 
 pub(super) fn count(number: usize) -> u32 {
     u32::try_from(number).unwrap_or(u32::MAX)
+}
+
+/// What the store is asked for, where `before` was found to be this run.
+pub(super) fn run_filter(filter: ListFilter, before: Option<RunId>) -> Result<RunFilter, Error> {
+    let workflow = filter.workflow.map(|name| name.parse()).transpose();
+    let statuses = filter.statuses.unwrap_or_default();
+    let statuses = statuses.iter().map(|status| status.parse()).collect();
+    Ok(RunFilter {
+        workflow: workflow.map_err(invalid)?,
+        statuses: Result::map_err(statuses, |error: UnknownWord| invalid(error))?,
+        exit_code: filter.exit_code,
+        active: filter.active.unwrap_or(false),
+        since: filter.since,
+        until: filter.until,
+        before,
+        limit: filter
+            .limit
+            .unwrap_or(limits::LIST_ROWS)
+            .min(limits::LIST_ROWS),
+    })
 }
 
 pub(super) fn summarised(row: RunRow) -> Run {
@@ -258,6 +284,7 @@ mod tests {
             created_at: 0,
             started_at: None,
             ended_at: result.map(|_| AT + 2_000_000),
+            old_id: None,
         }
     }
 
@@ -312,6 +339,7 @@ mod tests {
             uid: 0,
             pid,
             comm: comm.map(str::to_owned),
+            unit: None,
         };
         assert_eq!(
             trigger(&caller(Some(7), Some("nervectl"))),
@@ -329,6 +357,6 @@ mod tests {
         let status = |answer, workflow| done(answer, workflow).map_err(|error| error.exit_status());
         assert_eq!(status(Answer::Done, Some(&workflow)), Ok(()));
         assert_eq!(status(Answer::UnknownWorkflow, Some(&workflow)), Err(66));
-        assert_eq!(status(Answer::NoSpace, None), Err(70));
+        assert_eq!(status(Answer::NoSpace("full".to_owned()), None), Err(70));
     }
 }

@@ -10,12 +10,14 @@ use std::sync::{Mutex, PoisonError};
 use zbus::Connection;
 use zbus::message::Header;
 
+use super::denials::Denials;
 use super::error::Error;
+use crate::manager::handle::Handle;
 use crate::model::run::Caller;
 use crate::os::peer::Peer;
 
 /// Method and action.
-pub const ACTIONS: [(&str, &str); 12] = [
+pub const ACTIONS: &[(&str, &str)] = &[
     ("StartRun", "org.nerve1.start-run"),
     ("KillRun", "org.nerve1.kill-run"),
     ("AbortRun", "org.nerve1.abort-run"),
@@ -28,6 +30,18 @@ pub const ACTIONS: [(&str, &str); 12] = [
     ("ListRuns", "org.nerve1.read"),
     ("GetThread", "org.nerve1.read"),
     ("GetStatus", "org.nerve1.read"),
+    ("GetBlob", "org.nerve1.read"),
+    ("BlobExists", "org.nerve1.read"),
+    ("ListBlobs", "org.nerve1.read"),
+    ("PutBlob", "org.nerve1.store"),
+    ("Backup", "org.nerve1.store"),
+    ("Check", "org.nerve1.store"),
+    ("ListEvents", "org.nerve1.read"),
+    ("Archive", "org.nerve1.store"),
+    ("Restore", "org.nerve1.store"),
+    ("ListArchive", "org.nerve1.read"),
+    ("OpenArchive", "org.nerve1.read"),
+    ("Import", "org.nerve1.store"),
 ];
 
 /// Senders that are remembered. A bus never gives a unique name twice, so what it said of one stays true; the next bus
@@ -38,6 +52,7 @@ const REMEMBERED: usize = 256;
 #[derive(Debug)]
 pub struct Authority {
     callers: Callers,
+    denials: Denials,
 }
 
 /// Who can be at the other end of a connection.
@@ -50,24 +65,27 @@ enum Callers {
 }
 
 impl Authority {
-    /// Of a connection to a bus.
+    /// Of a connection to a bus. The manager keeps who was denied what on record.
     #[must_use]
-    pub fn on_bus() -> Self {
+    pub fn on_bus(manager: Handle) -> Self {
         Self {
             callers: Callers::OnBus(Mutex::default()),
+            denials: Denials::new(manager),
         }
     }
 
     /// Of a connection that has nobody but this peer at its other end.
     #[must_use]
-    pub fn of_peer(peer: &Peer) -> Self {
-        let comm = comm(peer.pid).filter(|_| peer.is_alive());
+    pub fn of_peer(peer: &Peer, manager: Handle) -> Self {
+        let (comm, unit) = (comm(peer.pid), unit(peer.pid));
         Self {
             callers: Callers::Peer(Caller {
                 uid: peer.uid,
                 pid: Some(peer.pid),
-                comm,
+                comm: comm.filter(|_| peer.is_alive()),
+                unit: unit.filter(|_| peer.is_alive()),
             }),
+            denials: Denials::new(manager),
         }
     }
 
@@ -94,7 +112,7 @@ impl Authority {
         if uid == 0 {
             return Ok(caller);
         }
-        tracing::warn!(uid, action, "denied");
+        self.denials.record(&caller, method, action);
         Err(Error::NotPermitted(format!(
             "uid {uid} may not do {action}; run it as root"
         )))
@@ -136,6 +154,7 @@ async fn sender(
         uid,
         pid,
         comm: pid.and_then(comm),
+        unit: pid.and_then(unit),
     };
     let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
     if known.len() >= REMEMBERED {
@@ -149,6 +168,22 @@ async fn sender(
 fn comm(pid: u32) -> Option<String> {
     let comm = fs::read(format!("/proc/{pid}/comm")).ok()?;
     Some(harmless(comm.strip_suffix(b"\n").unwrap_or(&comm)))
+}
+
+/// The unit that a process belongs to, if it can be read.
+fn unit(pid: u32) -> Option<String> {
+    let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let path = groups.lines().find_map(|line| line.strip_prefix("0::"))?;
+    unit_of_path(path).map(str::to_owned)
+}
+
+/// systemd.unit(5): below its slices a unit's cgroup is named like it; what is below that is the unit's own affair.
+fn unit_of_path(path: &str) -> Option<&str> {
+    let is_unit = |part: &&str| {
+        let kind = part.rsplit_once('.').map(|(_, kind)| kind);
+        matches!(kind, Some("service" | "scope"))
+    };
+    path.split('/').find(is_unit)
 }
 
 /// A process chooses its name itself, and it goes into logs and onto terminals.
@@ -179,5 +214,23 @@ mod tests {
         let name = fs::read_to_string("/proc/self/comm").unwrap();
         assert_eq!(comm(own).as_deref(), Some(name.trim_end()));
         assert_eq!(comm(u32::MAX), None);
+    }
+
+    #[test]
+    fn a_unit_is_told_by_its_cgroup() {
+        for (path, unit) in [
+            ("/system.slice/cron.service", Some("cron.service")),
+            (
+                "/user.slice/user-0.slice/session-3.scope",
+                Some("session-3.scope"),
+            ),
+            (
+                "/nerve.slice/nerve-wf.slice/nerve-wf@a.service/run-1/x",
+                Some("nerve-wf@a.service"),
+            ),
+            ("/", None),
+        ] {
+            assert_eq!(unit_of_path(path), unit);
+        }
     }
 }

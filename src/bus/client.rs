@@ -3,19 +3,20 @@
 //!
 //! No method waits for a run. Who wants its end subscribes ([`Client::changes`]), then asks ([`Client::run`]).
 
-use std::future::pending;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use futures_util::StreamExt;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 use zbus::proxy::CacheProperties;
-use zbus::{Connection, MatchRule, MessageStream, connection};
+use zbus::{Connection, connection};
 
+pub use super::changes::{Change, Changes, Subject};
 use super::error::{CallError, Error};
+use super::storage_client::StoreProxy;
 pub use super::words::*;
+use crate::model::limits;
 use crate::model::name::{RunId, WorkflowName};
 
 /// The name on the bus.
@@ -24,6 +25,8 @@ pub const NAME: &str = "org.nerve1";
 pub const PATH: &str = "/org/nerve1";
 /// Its interface.
 pub const INTERFACE: &str = "org.nerve1.Manager";
+/// Its store's interface.
+pub const STORE_INTERFACE: &str = "org.nerve1.Store";
 
 /// Where nerved listens for root alone, peer to peer.
 pub const PRIVATE: &str = "/run/nerve/private";
@@ -119,28 +122,46 @@ impl Client {
     /// [`CallError::NoBus`], or [`CallError::NoManager`] when there is neither a bus nor a nerved at its socket;
     /// [`CallError::Denied`] when the bus is there and not for us; [`CallError::Lost`] when nerved is there and hangs.
     pub async fn connect(addresses: &Addresses) -> Result<Self, CallError> {
+        Self::connect_with(addresses, Some(CALL_TIMEOUT)).await
+    }
+
+    /// Likewise, for calls that take as long as they take. Only the end of the connection ends one.
+    ///
+    /// # Errors
+    /// As [`Client::connect`].
+    pub async fn connect_patiently(addresses: &Addresses) -> Result<Self, CallError> {
+        Self::connect_with(addresses, None).await
+    }
+
+    async fn connect_with(
+        addresses: &Addresses,
+        patience: Option<Duration>,
+    ) -> Result<Self, CallError> {
         let bus = addresses.bus.as_deref();
         let Some(path) = &addresses.private else {
-            return Self::over_bus(bus).await;
+            return Self::over_bus(bus, patience).await;
         };
-        let private = match timeout(CALL_TIMEOUT, peer_to_peer(path)).await {
+        let private = match timeout(CALL_TIMEOUT, peer_to_peer(path, patience)).await {
             Ok(Ok(connection)) => return Self::on(&connection).await,
             Ok(Err(error)) => error,
             // Nor would it answer on the bus.
             Err(_) => return Err(CallError::Lost(timed_out())),
         };
-        match Self::over_bus(bus).await {
+        match Self::over_bus(bus, patience).await {
             Err(CallError::NoBus(_)) if nobody_listens(&private) => Err(CallError::NoManager),
             other => other,
         }
     }
 
-    async fn over_bus(address: Option<&str>) -> Result<Self, CallError> {
+    async fn over_bus(
+        address: Option<&str>,
+        patience: Option<Duration>,
+    ) -> Result<Self, CallError> {
         let builder = match address {
             Some(address) => connection::Builder::address(address),
             None => connection::Builder::system(),
         };
-        let connection = timeout(CALL_TIMEOUT, builder.method_timeout(CALL_TIMEOUT).build())
+        let connection = timeout(CALL_TIMEOUT, patient(builder, patience).build())
             .await
             .unwrap_or_else(|_| Err(timed_out()))
             .map_err(|error| match &error {
@@ -161,10 +182,22 @@ impl Client {
         })
     }
 
+    pub(super) async fn store(&self) -> Result<StoreProxy<'static>, CallError> {
+        let builder = StoreProxy::builder(self.connection());
+        Ok(builder
+            .cache_properties(CacheProperties::No)
+            .build()
+            .await?)
+    }
+
+    pub(super) fn connection(&self) -> &Connection {
+        self.manager.inner().connection()
+    }
+
     /// Whether the connection is gone. A client never connects anew by itself.
     #[must_use]
     pub fn is_closed(&self) -> bool {
-        self.manager.inner().connection().is_closed()
+        self.connection().is_closed()
     }
 
     /// Starts a run; returns once it is durable.
@@ -264,37 +297,53 @@ impl Client {
         Ok(self.manager.get_run(tail).await?)
     }
 
-    /// Runs, newest first.
+    /// Runs, newest first; in as many calls as that takes.
     ///
     /// # Errors
     /// [`CallError`]
-    pub async fn list(&self, filter: ListFilter) -> Result<Vec<Run>, CallError> {
-        Ok(self.manager.list_runs(filter).await?)
+    pub async fn list(&self, mut filter: ListFilter) -> Result<Vec<Run>, CallError> {
+        let mut runs = Vec::new();
+        let mut left = filter.limit;
+        loop {
+            filter.limit = left;
+            let mut page = self.manager.list_runs(filter.clone()).await?;
+            let count = u32::try_from(page.len()).unwrap_or(u32::MAX);
+            left = left.map(|left| left.saturating_sub(count));
+            if let Some(last) = page.last() {
+                filter.before = Some(last.run.clone());
+            }
+            runs.append(&mut page);
+            if count < limits::LIST_ROWS || left == Some(0) {
+                return Ok(runs);
+            }
+        }
     }
 
-    /// The newest `limit` messages of a run, or all, in order; in as many calls as that takes.
+    /// Messages of a run, in order: the newest `limit` of those that the options ask for, or all; in as many calls as
+    /// that takes.
     ///
     /// # Errors
     /// [`CallError`]
-    pub async fn thread(&self, tail: &str, limit: Option<u32>) -> Result<Vec<Round>, CallError> {
+    pub async fn thread(
+        &self,
+        tail: &str,
+        options: &ThreadOptions,
+    ) -> Result<Vec<Round>, CallError> {
         let mut thread: Vec<Round> = Vec::new();
         loop {
             let have = u32::try_from(thread.len()).unwrap_or(u32::MAX);
-            let before = thread.first().map(|message| message.round);
-            let wanted = limit.map(|limit| limit.saturating_sub(have));
-            if wanted == Some(0) || before == Some(0) {
+            let first = thread.first().map(|message| message.round);
+            let before = first.or(options.before.filter(|before| *before > 0));
+            let limit = options.limit.map(|limit| limit.saturating_sub(have));
+            if limit == Some(0) || first == Some(0) {
                 return Ok(thread);
             }
-            let mut older = self
-                .manager
-                .get_thread(
-                    tail,
-                    ThreadOptions {
-                        limit: wanted,
-                        before,
-                    },
-                )
-                .await?;
+            let wanted = ThreadOptions {
+                limit,
+                before,
+                after: options.after,
+            };
+            let mut older = self.manager.get_thread(tail, wanted).await?;
             let Some(newest) = older.last() else {
                 return Ok(thread);
             };
@@ -313,49 +362,24 @@ impl Client {
     pub async fn status(&self) -> Result<ManagerStatus, CallError> {
         Ok(self.manager.get_status().await?)
     }
-
-    /// What happens to a run or a workflow, and to nerve's presence, from now on.
-    ///
-    /// # Errors
-    /// [`CallError`]
-    pub async fn changes(&self, subject: &Subject) -> Result<Changes, CallError> {
-        let connection = self.manager.inner().connection();
-        let (member, name) = match subject {
-            Subject::Run(run) => ("RunChanged", run.to_string()),
-            Subject::Workflow(workflow) => ("WorkflowChanged", workflow.to_string()),
-        };
-        let signals = MatchRule::builder()
-            .msg_type(zbus::message::Type::Signal)
-            .path(PATH)
-            .interface(INTERFACE)
-            .member(member)
-            .arg(0, name.as_str());
-        if !connection.is_bus() {
-            // There is nobody else, and what comes names no sender.
-            return Ok(Changes {
-                news: stream(connection, signals.build()?).await?,
-                owner: None,
-            });
-        }
-        let owner = MatchRule::builder()
-            .msg_type(zbus::message::Type::Signal)
-            .sender("org.freedesktop.DBus")
-            .interface("org.freedesktop.DBus")
-            .member("NameOwnerChanged")
-            .arg(0, NAME)
-            .build()?;
-        Ok(Changes {
-            news: stream(connection, signals.sender(NAME).build()?).await?,
-            owner: Some(stream(connection, owner).await?),
-        })
-    }
 }
 
 /// A connection to nerved alone.
-async fn peer_to_peer(path: &Path) -> zbus::Result<Connection> {
+async fn peer_to_peer(path: &Path, patience: Option<Duration>) -> zbus::Result<Connection> {
     let stream = UnixStream::connect(path).await?.into_std()?;
     let builder = connection::Builder::unix_stream(stream).p2p();
-    builder.method_timeout(CALL_TIMEOUT).build().await
+    patient(builder, patience).build().await
+}
+
+/// Calls that are not answered within this time count as lost.
+fn patient(
+    builder: connection::Builder<'_>,
+    patience: Option<Duration>,
+) -> connection::Builder<'_> {
+    match patience {
+        Some(patience) => builder.method_timeout(patience),
+        None => builder,
+    }
 }
 
 /// Whether this is what a socket says that nobody has open, or that is not there.
@@ -371,86 +395,4 @@ fn timed_out() -> zbus::Error {
         format!("no greeting within {seconds} s"),
     )
     .into()
-}
-
-async fn stream(connection: &Connection, rule: MatchRule<'_>) -> zbus::Result<MessageStream> {
-    MessageStream::for_match_rule(rule, connection, None).await
-}
-
-/// Whom one wants to hear of.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Subject {
-    /// A run.
-    Run(RunId),
-    /// A workflow's worker.
-    Workflow(WorkflowName),
-}
-
-/// What happens to one subject.
-#[derive(Debug)]
-pub struct Changes {
-    news: MessageStream,
-    /// Who has nerve's name; without a bus in between the connection itself says whether nerve is there.
-    owner: Option<MessageStream>,
-}
-
-/// One thing that happened.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Change {
-    /// The run has this status.
-    Run(String),
-    /// Something about the workflow's worker is new.
-    Workflow,
-    /// nerve has come, or has come back: ask it again.
-    Appeared,
-    /// nerve is gone.
-    Vanished,
-    /// The connection is gone, and with it the bus or nerve: connect again.
-    Disconnected,
-}
-
-impl Changes {
-    /// The next change. Nothing is lost between two calls; across [`Change::Appeared`] and [`Change::Disconnected`]
-    /// anything may have happened.
-    pub async fn next(&mut self) -> Change {
-        loop {
-            let change = tokio::select! {
-                message = self.news.next() => news(message),
-                message = next_of(self.owner.as_mut()) => owner_change(message),
-            };
-            if let Some(change) = change {
-                return change;
-            }
-        }
-    }
-}
-
-async fn next_of(stream: Option<&mut MessageStream>) -> Option<zbus::Result<zbus::Message>> {
-    match stream {
-        Some(stream) => stream.next().await,
-        None => pending().await,
-    }
-}
-
-fn news(message: Option<zbus::Result<zbus::Message>>) -> Option<Change> {
-    let Some(Ok(message)) = message else {
-        return Some(Change::Disconnected);
-    };
-    if message.header().member()?.as_str() == "WorkflowChanged" {
-        return Some(Change::Workflow);
-    }
-    let (_, status): (String, String) = message.body().deserialize().ok()?;
-    Some(Change::Run(status))
-}
-
-fn owner_change(message: Option<zbus::Result<zbus::Message>>) -> Option<Change> {
-    let Some(Ok(message)) = message else {
-        return Some(Change::Disconnected);
-    };
-    let (_, _, owner): (String, String, String) = message.body().deserialize().ok()?;
-    Some(if owner.is_empty() {
-        Change::Vanished
-    } else {
-        Change::Appeared
-    })
 }

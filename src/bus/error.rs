@@ -31,6 +31,12 @@ pub enum Error {
     AlreadyEnding(String),
     /// The key of a start belongs to a run that was started with something else.
     KeyConflict(String),
+    /// No blob has this digest.
+    UnknownBlob(String),
+    /// What was stored is not there any more as it was.
+    Damaged(String),
+    /// Something else is under way that this would get in the way of.
+    Busy(String),
     /// The caller may not do this.
     NotPermitted(String),
     /// The store is full; nothing was stored.
@@ -47,11 +53,12 @@ impl Error {
     pub fn exit_status(&self) -> u8 {
         match self {
             Self::InvalidArgument(_) | Self::BadDefinition(_) | Self::KeyConflict(_) => 65,
-            Self::UnknownWorkflow(_) | Self::UnknownRun(_) => 66,
+            Self::UnknownWorkflow(_) | Self::UnknownRun(_) | Self::UnknownBlob(_) => 66,
             Self::AmbiguousRun(_) => 67,
             Self::AlreadyEnded(_) | Self::AlreadyEnding(_) => 68,
-            Self::NoSpace(_) | Self::Internal(_) | Self::ZBus(_) => 70,
+            Self::NoSpace(_) | Self::Internal(_) | Self::Damaged(_) | Self::ZBus(_) => 70,
             Self::Unknown(_) => 74,
+            Self::Busy(_) => 75,
             Self::NotPermitted(_) => 77,
         }
     }
@@ -69,6 +76,9 @@ impl fmt::Display for Error {
             | Self::AlreadyEnded(text)
             | Self::AlreadyEnding(text)
             | Self::KeyConflict(text)
+            | Self::UnknownBlob(text)
+            | Self::Damaged(text)
+            | Self::Busy(text)
             | Self::NotPermitted(text)
             | Self::NoSpace(text)
             | Self::Unknown(text)
@@ -156,7 +166,7 @@ mod tests {
     #[test]
     fn every_name_comes_back_from_the_wire_with_its_text_and_exit_status() {
         type Make = fn(String) -> Error;
-        let table: [(Make, &str, u8); 12] = [
+        let table: [(Make, &str, u8); 15] = [
             (Error::InvalidArgument, "InvalidArgument", 65),
             (Error::BadDefinition, "BadDefinition", 65),
             (Error::UnknownWorkflow, "UnknownWorkflow", 66),
@@ -165,6 +175,9 @@ mod tests {
             (Error::AlreadyEnded, "AlreadyEnded", 68),
             (Error::AlreadyEnding, "AlreadyEnding", 68),
             (Error::KeyConflict, "KeyConflict", 65),
+            (Error::UnknownBlob, "UnknownBlob", 66),
+            (Error::Damaged, "Damaged", 70),
+            (Error::Busy, "Busy", 75),
             (Error::NotPermitted, "NotPermitted", 77),
             (Error::NoSpace, "NoSpace", 70),
             (Error::Unknown, "Unknown", 74),

@@ -16,8 +16,9 @@ use zbus::object_server::SignalEmitter;
 
 use super::authorize::Authority;
 use super::client::PATH;
-use super::news::{Listeners, signal};
+use super::news::{Growth, Listeners, signal};
 use super::service::Manager;
+use super::storage::Storage;
 use crate::model::limits::{PRIVATE_CONNECTIONS, PRIVATE_PATIENCE};
 use crate::os::peer::Peer;
 use crate::os::socket;
@@ -80,14 +81,17 @@ impl Private {
         // ends it.
         let _end = socket::ShutDown::at_end(OwnedFd::from(stream.try_clone()?));
         let mut news = self.listeners.listen();
+        let mut growth = Growth::from_now(self.manager.store.newest());
         let manager = Manager {
-            authority: Arc::new(Authority::of_peer(&peer)),
+            authority: Arc::new(Authority::of_peer(&peer, self.manager.handle.clone())),
             ..self.manager.clone()
         };
+        let storage = Storage(manager.clone());
         let builder = Builder::unix_stream(stream)
             .server(zbus::Guid::generate())
             .p2p()
-            .serve_at(PATH, manager);
+            .serve_at(PATH, manager)
+            .serve_at(PATH, storage);
         let connection = timeout(self.patience, builder.build())
             .await
             .map_err(|_| does_not_read())??;
@@ -96,6 +100,9 @@ impl Private {
             tokio::select! {
                 () = connection.closed() => return Ok(()),
                 Some(one) = news.recv() => timeout(self.patience, signal(&emitter, one))
+                    .await
+                    .map_err(|_| does_not_read())??,
+                seq = growth.next() => timeout(self.patience, Storage::events_appended(&emitter, seq))
                     .await
                     .map_err(|_| does_not_read())??,
             }

@@ -13,15 +13,16 @@ use zbus::{Connection, interface};
 use super::answers::{self, invalid, unreadable};
 use super::authorize::Authority;
 use super::error::Error;
+use super::upkeep::Upkeep;
 use super::words::{ListFilter, ManagerStatus, Round, Run, StartOptions, ThreadOptions, check_key};
 use crate::engine::{self, Answer};
-use crate::manager::definitions::Definitions;
+use crate::manager::definitions::{self, Definitions};
 use crate::manager::handle::{Change, Gone, Handle};
 use crate::model::limits;
 use crate::model::name::{RunId, RunTail, WorkflowName};
 use crate::model::run::{AbortRequest, Accepted, KillRequest};
 use crate::model::status::{RunResult, Status};
-use crate::store::{self, Found, RunFilter, RunRow, ThreadRange};
+use crate::store::{self, Found, RunRow, Store, ThreadRange};
 use crate::systemd::Systemd;
 
 /// What an answer of messages may hold: the bus takes 32 MiB at most.
@@ -34,6 +35,8 @@ pub struct Manager {
     pub store: store::Handle,
     pub systemd: watch::Receiver<Option<Systemd>>,
     pub definitions: Definitions,
+    /// What takes long, one at a time.
+    pub upkeep: Upkeep,
     /// When nerved started: µs since the epoch.
     pub started_at: u64,
     /// Of the one connection that this is served on.
@@ -92,7 +95,7 @@ impl Manager {
             Answer::BadDefinition(faults) => Err(Error::BadDefinition(format!(
                 "workflow {workflow} cannot be used: {faults}"
             ))),
-            Answer::NoSpace => Err(answers::no_space("nothing was started")),
+            Answer::NoSpace(why) => Err(answers::no_space(&why, "nothing was started")),
             _ => Err(answers::unknown_workflow(&workflow)),
         }
     }
@@ -126,7 +129,9 @@ impl Manager {
             .await?
         {
             Answer::NotOpen => {}
-            Answer::NoSpace => return Err(answers::no_space("the kill is not in force")),
+            Answer::NoSpace(why) => {
+                return Err(answers::no_space(&why, "the kill is not in force"));
+            }
             _ => return Ok(()),
         }
         if self.row(id).await?.status == Status::Killed {
@@ -152,7 +157,7 @@ impl Manager {
             .await?
         {
             Answer::NotOpen | Answer::Ending => Err(self.refusal(id).await?),
-            Answer::NoSpace => Err(answers::no_space("the abort is not in force")),
+            Answer::NoSpace(why) => Err(answers::no_space(&why, "the abort is not in force")),
             _ => Ok(()),
         }
     }
@@ -216,8 +221,10 @@ impl Manager {
         #[zbus(header)] header: Header<'_>,
         #[zbus(connection)] connection: &Connection,
     ) -> Result<Vec<String>, Error> {
-        self.authority.authorize(connection, &header).await?;
-        Ok(self.definitions.reload().await)
+        let by = self.authority.authorize(connection, &header).await?;
+        let errors = self.definitions.reload().await;
+        self.handle.audit(definitions::reloaded(Some(by))).await?;
+        Ok(errors)
     }
 
     async fn get_run(
@@ -231,19 +238,19 @@ impl Manager {
         crate::os::failpoint!("F05");
         let id = self.find(&run).await?;
         let row = self.row(id).await?;
-        let events = self
-            .store
-            .call(move |store| store.events(id))
-            .await
-            .map_err(unreadable)?;
-        let prompt = self.prompt(id).await?;
+        let events = self.store.events(id).await.map_err(unreadable)?;
+        // Whatever became of its prompt, people have to see how the run ended.
+        let prompt = match self.prompt(id).await {
+            Err(Error::Damaged(why)) => Some(format!("({why})")),
+            prompt => prompt?,
+        };
         let unit = row
             .workflow
             .parse::<WorkflowName>()
             .ok()
             .map(|workflow| workflow.unit());
         Ok(Run {
-            prompt,
+            prompt: prompt.as_deref().map(without_nul),
             max_rounds: row.max_rounds,
             dry_run: Some(row.dry_run),
             trigger: Some(row.trigger.clone()),
@@ -261,18 +268,11 @@ impl Manager {
         filter: ListFilter,
     ) -> Result<Vec<Run>, Error> {
         self.authority.authorize(connection, &header).await?;
-        let filter = RunFilter {
-            workflow: filter
-                .workflow
-                .map(|name| name.parse())
-                .transpose()
-                .map_err(invalid)?,
-            active: filter.active.unwrap_or(false),
-            limit: filter
-                .limit
-                .unwrap_or(limits::LIST_ROWS)
-                .min(limits::LIST_ROWS),
+        let before = match &filter.before {
+            Some(run) => Some(self.find(run).await?),
+            None => None,
         };
+        let filter = answers::run_filter(filter, before)?;
         let rows = self
             .store
             .call(move |store| store.runs(&filter))
@@ -293,18 +293,14 @@ impl Manager {
         let range = ThreadRange {
             limit: options.limit,
             before: options.before.filter(|before| *before > 0),
+            after: options.after,
             bytes: Some(ANSWER_BYTES),
         };
-        let thread = self
-            .store
-            .call(move |store| store.thread(id, &range))
-            .await
-            .map_err(unreadable)?;
+        let thread = self.store.thread(id, range).await.map_err(unreadable)?;
         let round = |round: store::Round| Round {
             round: round.round,
-            role: round.message.role,
-            // D-Bus has no NUL; a worker that sends one must not cost us the connection.
-            content: round.message.content.replace('\0', "\u{fffd}"),
+            role: without_nul(&round.message.role),
+            content: without_nul(&round.message.content),
             meta: serde_json::Value::Object(round.message.meta).to_string(),
             timestamp: round.message.timestamp,
         };
@@ -332,6 +328,7 @@ impl Manager {
             queued: answers::count(overview.queued),
             started_at: self.started_at,
             paused: overview.pause.map(answers::pause),
+            disk_full: overview.scarcity,
             max_active: overview.max_active,
             workflows: overview.workflows.into_iter().map(workflow).collect(),
         })
@@ -351,15 +348,32 @@ impl Manager {
     ) -> zbus::Result<()>;
 }
 
+/// D-Bus has no NUL; a worker that sends one must not cost us the connection.
+fn without_nul(text: &str) -> String {
+    text.replace('\0', "\u{fffd}")
+}
+
 impl Manager {
-    async fn find(&self, tail: &str) -> Result<RunId, Error> {
-        let parsed: RunTail = tail.parse().map_err(invalid)?;
-        match self
-            .store
-            .call(move |store| store.find(&parsed))
-            .await
-            .map_err(unreadable)?
-        {
+    pub(super) async fn find(&self, tail: &str) -> Result<RunId, Error> {
+        let parsed = tail.parse::<RunTail>();
+        let (old_id, by_tail) = (tail.to_owned(), parsed.clone().ok());
+        let look = move |store: &mut Store| {
+            let by_tail = by_tail.map_or(Ok(Found::None), |tail| store.find(&tail))?;
+            Ok((store.find_imported(&old_id)?, by_tail))
+        };
+        let (imported, by_tail) = self.store.call(look).await.map_err(unreadable)?;
+        let by_tail = match (imported, by_tail) {
+            (Some(id), Found::None) => Found::One(id),
+            // A whole id is nobody else's.
+            (Some(_), Found::One(id)) if tail.len() == 32 => Found::One(id),
+            (Some(old), Found::One(id)) if old != id => Found::Several,
+            (Some(_), Found::Several) => Found::Several,
+            (_, found) => found,
+        };
+        if by_tail == Found::None {
+            parsed.map_err(invalid)?;
+        }
+        match by_tail {
             Found::One(id) => Ok(id),
             Found::None => Err(Error::UnknownRun(format!(
                 "no run's id ends in {tail}; `nervectl workflow list` lists runs"
@@ -385,7 +399,7 @@ impl Manager {
             before: Some(1),
             ..ThreadRange::default()
         };
-        let start = self.store.call(move |store| store.thread(id, &only_start));
+        let start = self.store.thread(id, only_start);
         let start = start.await.map_err(unreadable)?.into_iter().next();
         Ok(start.map(|start| start.message.content))
     }
@@ -409,7 +423,7 @@ impl Manager {
             let Some(result) = dropped else {
                 return Ok(answers::started(id, None, None));
             };
-            let events = self.store.call(move |store| store.events(id)).await;
+            let events = self.store.events(id).await;
             let detail = answers::detail(&events.map_err(unreadable)?);
             return Ok(answers::started(id, Some((result, detail)), None));
         };
@@ -423,7 +437,7 @@ impl Manager {
     /// Why a run can be ended no more: what ended it or is ending it, when, and by whom.
     async fn refusal(&self, id: RunId) -> Result<Error, Error> {
         let row = self.row(id).await?;
-        let events = self.store.call(move |store| store.events(id)).await;
+        let events = self.store.events(id).await;
         Ok(answers::refusal(id, &row, &events.map_err(unreadable)?))
     }
 }
@@ -446,6 +460,7 @@ pub(super) mod tests {
     use zbus::object_server::Interface as _;
 
     use super::super::authorize::ACTIONS;
+    use super::super::storage::Storage;
     use super::*;
     use crate::config::definition;
     use crate::config::directory::Trust;
@@ -453,7 +468,7 @@ pub(super) mod tests {
     use crate::manager::definitions::{Keeper, Places};
     use crate::manager::driver::Driver;
     use crate::manager::hands::World;
-    use crate::store::Store;
+    use crate::manager::room::Room;
 
     /// What answers, with nobody behind it.
     pub(in crate::bus) fn manager(directory: &std::path::Path) -> Manager {
@@ -492,19 +507,22 @@ pub(super) mod tests {
             worker: PathBuf::new(),
             socket: PathBuf::new(),
         };
+        let room = Room::new(PathBuf::from("/"), store::Log::default());
         let (driver, handle) = Driver::new(
             Engine::recover(recovered, now).unwrap(),
             store.clone(),
+            room,
             world,
             mpsc::unbounded_channel().0,
         );
         let manager = Manager {
+            authority: Arc::new(Authority::on_bus(handle.clone())),
             handle,
             store,
             systemd,
             definitions,
+            upkeep: Upkeep::default(),
             started_at: 0,
-            authority: Arc::new(Authority::on_bus()),
         };
         (manager, driver)
     }
@@ -567,7 +585,9 @@ pub(super) mod tests {
     async fn every_method_of_the_interface_has_an_action_and_every_action_a_method() {
         let directory = tempfile::tempdir().unwrap();
         let mut xml = String::new();
-        manager(directory.path()).introspect_to_writer(&mut xml, 0);
+        let manager = manager(directory.path());
+        Storage(manager.clone()).introspect_to_writer(&mut xml, 0);
+        manager.introspect_to_writer(&mut xml, 0);
         let method = |line: &str| {
             Some(
                 line.trim()

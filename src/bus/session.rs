@@ -12,8 +12,9 @@ use zbus::object_server::SignalEmitter;
 
 use super::authorize::Authority;
 use super::client::{NAME, PATH};
-use super::news::{Listeners, signal};
+use super::news::{Growth, Listeners, signal};
 use super::service::Manager;
+use super::storage::Storage;
 use crate::engine::{Input, UnitState};
 use crate::model::limits;
 use crate::systemd::Systemd;
@@ -72,12 +73,18 @@ impl Bus {
             .as_deref()
             .map_or_else(Builder::system, Builder::address);
         let manager = Manager {
-            authority: Arc::new(Authority::on_bus()),
+            authority: Arc::new(Authority::on_bus(self.manager.handle.clone())),
             ..self.manager.clone()
         };
+        let storage = Storage(manager.clone());
         // Before anybody can ask: who then hears nothing has missed nothing.
         let mut news = self.listeners.listen();
-        let connection = builder.serve_at(PATH, manager).build().await?;
+        let mut growth = Growth::from_now(self.manager.store.newest());
+        let connection = builder
+            .serve_at(PATH, manager)
+            .serve_at(PATH, storage)
+            .build()
+            .await?;
         let (systemd, units) = Systemd::connect(&connection).await?;
         self.systemd.send_replace(Some(systemd));
         // The first report is how all units are, or that nobody can tell.
@@ -99,10 +106,15 @@ impl Bus {
             connection.request_name(NAME).await?;
             tracing::info!("serving {NAME}");
             served();
-            while let Some(one) = news.recv().await {
-                signal(&emitter, one).await?;
+            loop {
+                tokio::select! {
+                    one = news.recv() => match one {
+                        Some(one) => signal(&emitter, one).await?,
+                        None => return Ok(()),
+                    },
+                    seq = growth.next() => Storage::events_appended(&emitter, seq).await?,
+                }
             }
-            Ok(())
         };
         tokio::select! {
             () = watch => Ok(()),

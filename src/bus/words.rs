@@ -2,7 +2,10 @@
 
 use zbus::{DeserializeDict, SerializeDict, Type};
 
+use crate::model::hex::hex;
 use crate::model::limits;
+use crate::store::log::Logged;
+pub use crate::store::log::{AUDIT, SOURCES};
 
 /// The options of `StartRun`. One that nerved does not know is refused, never ignored.
 #[derive(Debug, Clone, Default, PartialEq, SerializeDict, DeserializeDict, Type)]
@@ -22,8 +25,82 @@ pub struct ListFilter {
     pub workflow: Option<String>,
     /// Only runs that have not ended.
     pub active: Option<bool>,
-    /// The newest so many.
+    /// Only runs that stand there: names of [`crate::model::status::Status`].
+    pub statuses: Option<Vec<String>>,
+    /// Only runs that ended with this code.
+    pub exit_code: Option<u8>,
+    /// Accepted then or later, µs since the epoch.
+    pub since: Option<u64>,
+    /// Accepted then or earlier.
+    pub until: Option<u64>,
+    /// Only what the list has after this run, which need not be in it.
+    pub before: Option<String>,
+    /// The newest so many. An answer holds no more than [`limits::LIST_ROWS`]: who wants more asks again, `before` its
+    /// last.
     pub limit: Option<u32>,
+}
+
+/// The filter of `ListEvents`.
+#[derive(Debug, Clone, Default, PartialEq, SerializeDict, DeserializeDict, Type)]
+#[zbus(signature = "a{sv}", rename_all = "camelCase", deny_unknown_fields)]
+pub struct EventFilter {
+    /// Only events of this source.
+    pub source: Option<String>,
+    /// Only events of this type.
+    #[zbus(rename = "type")]
+    pub kind: Option<String>,
+    /// Only events about this: a run's id or its last digits, a workflow, a day, `nerve`.
+    #[zbus(rename = "ref")]
+    pub reference: Option<String>,
+    /// Then or later, µs since the epoch.
+    pub since: Option<u64>,
+    /// Then or earlier.
+    pub until: Option<u64>,
+    /// Events after this number, oldest first.
+    pub after: Option<u64>,
+    /// Events before this number, newest first; without either bound, the newest.
+    pub before: Option<u64>,
+    /// At most so many; an answer may hold fewer, and where to go on.
+    pub limit: Option<u32>,
+}
+
+/// An event of the log, as it was written.
+#[derive(Debug, Clone, Default, PartialEq, SerializeDict, DeserializeDict, Type)]
+#[zbus(signature = "a{sv}", rename_all = "camelCase")]
+pub struct LoggedEvent {
+    /// Its place in the log.
+    pub seq: u64,
+    /// Who said it: `system`, `workflow`, `sense`, `client`, `audit`.
+    pub source: String,
+    /// What happened.
+    #[zbus(rename = "type")]
+    pub kind: String,
+    /// To whom: a run, a workflow, a day, `nerve`.
+    #[zbus(rename = "ref")]
+    pub reference: String,
+    /// A JSON object.
+    pub payload: String,
+    /// Digest of the text that the payload leaves out, for its length.
+    pub blob: Option<String>,
+    /// µs since the epoch.
+    pub timestamp: u64,
+    /// sha256, as 64 hex digits, of the hash of the event before and of all that this one says.
+    pub hash: String,
+}
+
+/// An event as the bus has it.
+#[must_use]
+pub fn logged(event: Logged) -> LoggedEvent {
+    LoggedEvent {
+        seq: event.seq,
+        source: event.source,
+        kind: event.event_type,
+        reference: event.reference,
+        payload: event.payload,
+        blob: event.blob,
+        timestamp: event.at,
+        hash: hex(&event.hash),
+    }
 }
 
 /// The options of `GetThread`.
@@ -35,6 +112,8 @@ pub struct ThreadOptions {
     /// Only what is older than this round. An answer may leave out the oldest of what was asked for, since a message of
     /// the bus has a largest size: who wants more asks again from there.
     pub before: Option<u32>,
+    /// Only what is newer than this round.
+    pub after: Option<u32>,
 }
 
 /// A run. What is null elsewhere is absent here; what follows `ended_at` comes with `GetRun` only.
@@ -135,6 +214,8 @@ pub struct ManagerStatus {
     pub started_at: u64,
     /// Present while nothing leaves a queue because somebody wants it so.
     pub paused: Option<Pause>,
+    /// Present while the disk is too full for anything to begin: how full.
+    pub disk_full: Option<String>,
     /// Most runs at the same time over all workflows.
     pub max_active: Option<u32>,
     /// Every workflow, by name.

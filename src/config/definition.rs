@@ -12,6 +12,7 @@ use sha2::{Digest as _, Sha256};
 use super::diagnostic::{Diagnostic, Severity, quoted};
 use super::host::{self, HostCheck};
 use super::reader::{Fields, Reader};
+use super::retention;
 use super::roles;
 use super::routes;
 use super::unit_settings;
@@ -22,7 +23,7 @@ use crate::model::name::WorkflowName;
 use crate::model::run::Digest;
 use crate::model::workflow::{Definition, OnFull, Overflow, WorkerSettings, Workflow};
 
-const KEYS: [&str; 12] = [
+const KEYS: [&str; 13] = [
     "version",
     "name",
     "description",
@@ -32,6 +33,7 @@ const KEYS: [&str; 12] = [
     "max_queue",
     "on_full",
     "timeout",
+    "retention",
     "roles",
     "graph",
     "worker",
@@ -139,6 +141,9 @@ fn workflow(
     let timeout = fields
         .get("timeout")
         .and_then(|entry| reader.duration(&entry.value, "timeout"));
+    let retention = fields
+        .get("retention")
+        .map(|entry| retention::read(reader, &entry.value));
     let roles = roles::roles(reader, node, fields, host_checks);
     let graph = routes::graph(reader, node, fields);
     let worker = worker(reader, fields, host_checks);
@@ -157,6 +162,7 @@ fn workflow(
         max_queue,
         on_full,
         timeout,
+        retention: retention.unwrap_or_default(),
         roles,
         graph,
         worker,
@@ -390,6 +396,22 @@ worker:
         for (found, expected) in found.iter().zip(expected) {
             assert!(found.contains(expected), "{found}\nhas no {expected}");
         }
+    }
+
+    #[test]
+    fn what_is_kept_can_be_said() {
+        let retention = |text: &str| {
+            let text = format!("{GOOD}retention: {text}\n");
+            let parsed = parse("f.yaml", None, text.as_bytes());
+            let definition = parsed.definition;
+            definition.map(|definition| definition.workflow.retention.limits())
+        };
+        assert_eq!(
+            retention("{ days: 7, runs: infinity }"),
+            Some((Some(7), None))
+        );
+        assert_eq!(retention("{ runs: 0 }"), Some((None, Some(0))));
+        assert_eq!(retention("7"), None);
     }
 
     #[test]

@@ -10,15 +10,22 @@ use std::path::{Path, PathBuf};
 use super::diagnostic::{Diagnostic, Severity};
 use super::directory::{self, Found, Trust};
 use super::reader::Reader;
+use super::retention;
 use crate::model::limits;
+use crate::model::retention::Retention;
 
-const KEYS: [&str; 1] = ["max_active"];
+const KEYS: [&str; 3] = ["max_active", "archive", "retention"];
+const ARCHIVE_KEYS: [&str; 1] = ["compress"];
 
 /// What nerve.yaml may say. What no file says is `None`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Settings {
     /// Most runs at a time over all workflows; without one there is no limit.
     pub max_active: Option<u32>,
+    /// Whether the archive's files are compressed.
+    pub compressed: Option<bool>,
+    /// How long runs are kept, where their workflow says nothing else.
+    pub retention: Retention,
 }
 
 impl Settings {
@@ -26,6 +33,8 @@ impl Settings {
     fn beaten_by(self, later: Self) -> Self {
         Self {
             max_active: later.max_active.or(self.max_active),
+            compressed: later.compressed.or(self.compressed),
+            retention: later.retention.or(self.retention),
         }
     }
 }
@@ -104,7 +113,19 @@ fn read(reader: &mut Reader, bytes: &[u8]) -> Option<Settings> {
     let max_active = fields
         .get("max_active")
         .and_then(|entry| reader.integer(&entry.value, "max_active", 1..=limits::MAX_ACTIVE));
-    Some(Settings { max_active })
+    let compressed = fields.get("archive").and_then(|entry| {
+        let fields = reader.fields(&entry.value, "archive", &ARCHIVE_KEYS)?;
+        let choices = [("none", false), ("zstd", true)];
+        reader.choice(&fields.get("compress")?.value, "compress", &choices)
+    });
+    let retention = fields
+        .get("retention")
+        .map(|entry| retention::read(reader, &entry.value));
+    Some(Settings {
+        max_active,
+        compressed,
+        retention: retention.unwrap_or_default(),
+    })
 }
 
 #[cfg(test)]
@@ -142,7 +163,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         for file in ["nerve.yaml", "none/nerve.yaml"] {
             let loaded = load(&root.path().join(file), Trust::Anyone);
-            assert_eq!(loaded.settings, Settings { max_active: None });
+            assert_eq!(loaded.settings, Settings::default());
             assert_eq!(says(&loaded), [""; 0]);
         }
         let silent = load_all(&[
@@ -150,7 +171,7 @@ mod tests {
             ("nerve.yaml.d/a.yaml", ""),
             ("nerve.yaml.d/b.yaml", "{}"),
         ]);
-        assert_eq!(silent.settings, Settings { max_active: None });
+        assert_eq!(silent.settings, Settings::default());
         assert_eq!(says(&silent), [""; 0]);
     }
 
@@ -172,6 +193,35 @@ mod tests {
     }
 
     #[test]
+    fn the_archive_and_what_is_kept_are_set_key_by_key() {
+        let loaded = load_all(&[
+            (
+                "nerve.yaml",
+                "archive: {compress: zstd}\nretention: {days: 90, runs: 10000}\n",
+            ),
+            ("nerve.yaml.d/a.yaml", "retention:\n  runs: infinity\n"),
+        ]);
+        assert_eq!(says(&loaded), [""; 0]);
+        assert_eq!(loaded.settings.compressed, Some(true));
+        assert_eq!(loaded.settings.retention.limits(), (Some(90), None));
+        let wrong = load_all(&[(
+            "nerve.yaml",
+            "archive: {compress: gzip}\nretention: {days: -1, weeks: 2, runs: 1000000001}\n",
+        )]);
+        assert_eq!(wrong.settings, Settings::default());
+        let expected = [
+            "nerve.yaml:1:21: error: compress is \"gzip\" (write one of none, zstd)",
+            "nerve.yaml:2:19: error: days is \"-1\" (write a whole number from 0 to 36500, or infinity)",
+            "nerve.yaml:2:23: error: unknown key \"weeks\" in retention (the keys of retention are days, runs)",
+            "nerve.yaml:2:39: error: runs is \"1000000001\" (write a whole number from 0 to 1000000000, or infinity)",
+        ];
+        assert_eq!(says(&wrong).len(), expected.len(), "{:#?}", says(&wrong));
+        for (found, expected) in says(&wrong).iter().zip(expected) {
+            assert!(found.ends_with(expected), "{found}\nis not {expected}");
+        }
+    }
+
+    #[test]
     fn a_file_with_an_error_says_nothing_and_the_others_hold() {
         let loaded = load_all(&[
             ("nerve.yaml", "max_active: 3\n"),
@@ -188,7 +238,7 @@ mod tests {
         assert_eq!(loaded.settings.max_active, Some(3));
         let expected = [
             "nerve.yaml.d/a.yaml:2:1: error: unknown key \"max_actve\" in a settings file (did you mean max_active?)",
-            "nerve.yaml.d/a.yaml:3:1: error: unknown key \"unheard_of\" in a settings file (the keys of a settings file are max_active)",
+            "nerve.yaml.d/a.yaml:3:1: error: unknown key \"unheard_of\" in a settings file (the keys of a settings file are max_active, archive, retention)",
             "nerve.yaml.d/b.yaml:1:13: error: max_active is \"0\" (write a whole number from 1 to 100000)",
             "nerve.yaml.d/c.yaml:1:13: error: max_active is \"100001\"",
             "nerve.yaml.d/d.yaml:2:1: error: \"max_active\" is here twice",

@@ -4,17 +4,22 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use jiff::tz::TimeZone;
 
+use crate::bus::client::SOURCES;
+use crate::config::moment::parse_moment;
 use crate::config::time::parse_duration;
 use crate::model::limits;
+use crate::model::status::Status as RunStatus;
 
 const EXIT_STATUSES: &str = "\
 Exit status:
    0  success                       69  nerve or the system bus is not there
   64  usage                         70  internal error
-  65  bad definition or input       74  the answer is unknown: look, then repeat
-  66  unknown workflow or run       75  the run was dropped
+  65  bad definition, input, store  74  the answer is unknown: look, then repeat
+  66  unknown workflow, run, blob   75  the run was dropped; nerve is busy
   67  more than one run is meant    77  not permitted
   68  the run had ended, or is being ended, already
   `workflow start --wait` exits with the run's own exit code: 0 completed,
@@ -42,6 +47,11 @@ pub(super) enum Command {
     Workflow(Workflow),
     /// Show what the roles of a run said, in order
     Thread(Thread),
+    /// Show the log of events: what happened, to whom, and who asked for it
+    ///
+    /// Oldest first: all that there are, or the newest N. Each start, kill, abort, drain, reset, pause, resume and reload,
+    /// and each call that was denied, is an event of the source `audit`, with who it was.
+    Events(Events),
     /// Show the journal of a run alone
     ///
     /// What the run's roles wrote to stderr and what nerve says about the run, from the journal, by journalctl.
@@ -53,6 +63,12 @@ pub(super) enum Command {
     Validate(Validate),
     /// Show nerve itself: what runs, what waits and why, and which definitions are broken
     Status(Status),
+    /// Keep, get and list blobs: bytes under their sha256
+    #[command(subcommand)]
+    Blob(Blob),
+    /// Check, copy and archive what nerve remembers
+    #[command(subcommand)]
+    Store(Store),
     /// Let no more runs start; those that have started go on
     ///
     /// Runs are accepted as before and wait, but workflows with `overflow: drop` drop theirs. It holds until
@@ -65,6 +81,20 @@ pub(super) enum Command {
     /// Runs that have started keep the definition that they were started with; no run is interrupted. What is wrong
     /// with a definition goes to stderr, and exits 65; the others are taken all the same.
     Reload,
+}
+
+/// `store import`
+#[derive(Debug, Args)]
+pub(super) struct Import {
+    /// Its database, logs.db; stop the predecessor first
+    #[arg(value_name = "FILE")]
+    pub database: PathBuf,
+    /// Its blobs
+    #[arg(long, value_name = "DIR")]
+    pub blobs: Option<PathBuf>,
+    /// Its archive, a directory of YYYY-MM-DD.jsonl; by default archive/logs beside the database
+    #[arg(long, value_name = "DIR")]
+    pub archive: Option<PathBuf>,
 }
 
 /// What can be done with runs.
@@ -95,6 +125,102 @@ pub(super) enum Workflow {
     Drain(Drain),
     /// Forget that a workflow's worker died too often, or was stopped: its runs start again
     Reset(Reset),
+}
+
+/// What can be done with blobs. DIGEST is the sha256, 64 hex digits in any case.
+#[derive(Debug, Subcommand)]
+pub(super) enum Blob {
+    /// Keep what a file holds; prints its digest
+    ///
+    /// What is there already is not stored again. A blob that turns out to be damaged is replaced, and stderr says so.
+    Put {
+        /// The file, or - for stdin; at most 1 GiB
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+    },
+    /// Write a blob to stdout, once it is found to be whole
+    Get {
+        /// Its sha256
+        #[arg(value_name = "DIGEST")]
+        digest: String,
+    },
+    /// Exit with 0 if there is such a blob, or else with 66
+    Exists {
+        /// Its sha256
+        #[arg(value_name = "DIGEST")]
+        digest: String,
+    },
+    /// List all blobs: digest, size, and how often the history refers to each
+    List {
+        /// How to print it
+        #[arg(short, long, value_enum, default_value_t = ListFormat::Table)]
+        output: ListFormat,
+    },
+}
+
+/// What can be done with the store.
+#[derive(Debug, Subcommand)]
+pub(super) enum Store {
+    /// Say whether anything in the store was changed or lost; exits 65 if so
+    ///
+    /// Prints what is wrong, a fault on a line, then the newest event's number and hash: note them elsewhere, and nobody
+    /// can change what was before. Runs go on meanwhile. When nerve does not start use `nerved --check`.
+    Check {
+        /// How to print it
+        #[arg(short, long, value_enum, default_value_t = Format::Text)]
+        output: Format,
+    },
+    /// Copy the database to a new file, while runs go on
+    ///
+    /// The archive and the blobs are files of their own, to be copied after it; nerve-store(7) says how, and how to restore it.
+    Backup {
+        /// The file; it must not be there yet
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+    },
+    /// Move old days of the log into files; nerve-archive.timer does it daily
+    ///
+    /// Whole days, by UTC, go to /var/lib/nerve/archive/logs/YYYY-MM-DD.jsonl, but for what happened to runs that have
+    /// not ended. `thread` and `workflow show` read the files. Afterwards runs are forgotten as nerve.yaml's `retention`
+    /// says, and blobs removed that nothing refers to.
+    Archive(Archive),
+    /// Bring an archived day back into the database
+    ///
+    /// It stays there until `store archive` reaches it again.
+    Restore(Restore),
+    /// Take over the history of the TypeScript predecessor
+    ///
+    /// Its runs are shown, with their threads, under new ids and under their old ones; what had not ended is
+    /// `interrupted`, and nothing starts. The old files are only read. Whatever was imported before is left out, so
+    /// that an import which was cut off can simply be repeated.
+    Import(Import),
+}
+
+/// `store archive`
+#[derive(Debug, Args)]
+pub(super) struct Archive {
+    /// Days that ended longer ago than this
+    #[arg(long, value_name = "TIME", default_value = "30d", value_parser = parse_duration)]
+    pub older_than: Duration,
+    /// The oldest N days; without it all
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_days: Option<u32>,
+    /// Give space that the database does not need any more back to the filesystem
+    #[arg(long)]
+    pub vacuum: bool,
+    /// Only say what would be archived
+    #[arg(long, conflicts_with = "vacuum")]
+    pub dry_run: bool,
+    /// How to print it
+    #[arg(short, long, value_enum, default_value_t = ListFormat::Table)]
+    pub output: ListFormat,
+}
+
+/// `store restore`
+#[derive(Debug, Args)]
+pub(super) struct Restore {
+    /// The day, as 2026-11-20
+    pub day: String,
 }
 
 /// `workflow start`
@@ -133,9 +259,23 @@ pub(super) struct List {
     /// Only runs that have not ended
     #[arg(long)]
     pub active: bool,
-    /// The newest so many, at most 10000
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 50)]
-    #[arg(value_parser = clap::value_parser!(u32).range(1..=i64::from(limits::LIST_ROWS)))]
+    /// Only runs with this status; of several any
+    #[arg(long, value_name = "STATUS", value_parser = status)]
+    pub status: Vec<RunStatus>,
+    /// Only runs that ended with this exit code
+    #[arg(long, value_name = "N")]
+    pub exit_code: Option<u8>,
+    /// Only runs that were accepted then or later: -1h, yesterday, "2026-11-20 10:36", …, see systemd.time(7)
+    #[arg(long, value_name = "WHEN", value_parser = moment, allow_hyphen_values = true)]
+    pub since: Option<u64>,
+    /// Only runs that were accepted then or earlier
+    #[arg(long, value_name = "WHEN", value_parser = moment, allow_hyphen_values = true)]
+    pub until: Option<u64>,
+    /// Go on after this run of the list: the next page
+    #[arg(long, value_name = "RUN")]
+    pub before: Option<OsString>,
+    /// The newest so many
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
     pub lines: u32,
     /// How to print it
     #[arg(short, long, value_enum, default_value_t = ListFormat::Table)]
@@ -243,11 +383,60 @@ pub(super) struct Thread {
     /// The run: its id or the last digits of it
     pub run: OsString,
     /// The newest N rounds, without the start; without it all, the start (round 0) first
-    #[arg(short = 'n', long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(short = 'n', long, value_name = "N")]
     pub lines: Option<u32>,
+    /// Only what is older than this round; 0 is no bound
+    #[arg(long, value_name = "ROUND", conflicts_with = "follow")]
+    pub before: Option<u32>,
+    /// Go on with the rounds that come until the run has ended, also across restarts of nerve
+    #[arg(short, long)]
+    pub follow: bool,
     /// How to print it
     #[arg(short, long, value_enum, default_value_t = Format::Text)]
     pub output: Format,
+}
+
+/// `events`
+#[derive(Debug, Args)]
+pub(super) struct Events {
+    /// Only events of this source
+    #[arg(long, value_name = "SOURCE", value_parser = PossibleValuesParser::new(SOURCES))]
+    pub source: Option<String>,
+    /// Only events of this type, such as `ended` or `kill`
+    #[arg(long = "type", value_name = "TYPE")]
+    pub kind: Option<String>,
+    /// Only events about this: a run's id or its last digits, a workflow, a day, or `nerve`
+    #[arg(long = "ref", value_name = "ID")]
+    pub reference: Option<String>,
+    /// Only events of then or later: -1h, yesterday, "2026-11-20 10:36", …, see systemd.time(7)
+    #[arg(long, value_name = "WHEN", value_parser = moment, allow_hyphen_values = true)]
+    pub since: Option<u64>,
+    /// Only events of then or earlier
+    #[arg(long, value_name = "WHEN", value_parser = moment, allow_hyphen_values = true, conflicts_with = "follow")]
+    pub until: Option<u64>,
+    /// The newest N; without it all, or with -f and without --since the newest 10
+    #[arg(short = 'n', long, value_name = "N")]
+    pub lines: Option<u32>,
+    /// Go on with what comes, also across restarts of nerve, until interrupted
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Events of archived days too
+    #[arg(long)]
+    pub archived: bool,
+    /// How to print it
+    #[arg(short, long, value_enum, default_value_t = EventFormat::Table)]
+    pub output: EventFormat,
+}
+
+/// How events are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum EventFormat {
+    /// For people
+    Table,
+    /// An array of objects; times in µs since the epoch
+    Json,
+    /// The same objects, one a line, as the archive has them
+    Jsonl,
 }
 
 /// `logs`
@@ -271,6 +460,16 @@ pub(super) struct Validate {
     pub files: Vec<PathBuf>,
 }
 
+/// A moment as systemd.time(7) writes timestamps: µs since the epoch.
+fn moment(text: &str) -> Result<u64, String> {
+    parse_moment(text, super::now(), &TimeZone::system())
+}
+
+fn status(text: &str) -> Result<RunStatus, String> {
+    let all = RunStatus::ALL.map(RunStatus::as_str).join(", ");
+    text.parse().map_err(|_| format!("it is one of {all}"))
+}
+
 fn grace(text: &str) -> Result<Duration, String> {
     let grace = parse_duration(text)?;
     if grace > limits::MAX_GRACE {
@@ -282,7 +481,7 @@ fn grace(text: &str) -> Result<Duration, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::status::{RunResult, Status as RunStatus};
+    use crate::model::status::RunResult;
     use clap::CommandFactory;
 
     fn parse(line: &str) -> Result<Cli, clap::Error> {
@@ -302,6 +501,13 @@ mod tests {
             "nervectl workflow start a --prompt-file -",
             "nervectl workflow list",
             "nervectl workflow list a --active -n 5 -o json",
+            "nervectl workflow list --status failed --status killed --exit-code 1",
+            "nervectl workflow list --since -1h --until now --before 3fa9 -n 100000",
+            "nervectl events",
+            "nervectl events --source audit --type kill --ref 3fa9 --since -1d --until now",
+            "nervectl events -n 0 -f -o jsonl",
+            "nervectl thread 3fa9 --before 7 -n 0",
+            "nervectl thread 3fa9 -n 1 -f",
             "nervectl workflow show 3fa9 -o json",
             "nervectl workflow kill 3fa9 77e0 --reason why --grace 5s --no-block",
             "nervectl thread 3fa9 -n 3 -o json",
@@ -319,6 +525,18 @@ mod tests {
             "nervectl pause --reason why",
             "nervectl resume",
             "nervectl reload",
+            "nervectl blob put -",
+            "nervectl blob get ab",
+            "nervectl blob exists ab",
+            "nervectl blob list -o json",
+            "nervectl store check -o json",
+            "nervectl store backup /srv/nerve.db",
+            "nervectl store archive",
+            "nervectl store archive --older-than 30d --max-days 3 --vacuum -o json",
+            "nervectl store archive --dry-run",
+            "nervectl store restore 2026-11-20",
+            "nervectl store import logs.db",
+            "nervectl store import logs.db --blobs blobs --archive archive/logs",
         ] {
             assert!(parse(line).is_ok(), "{line}");
         }
@@ -338,7 +556,15 @@ mod tests {
             "nervectl workflow kill",
             "nervectl workflow kill 3fa9 --grace soon",
             "nervectl workflow kill 3fa9 --grace 3601s",
-            "nervectl thread 3fa9 -n 0",
+            "nervectl thread 3fa9 --before 7 -f",
+            "nervectl thread 3fa9 -n -1",
+            "nervectl workflow list --status ended",
+            "nervectl workflow list --exit-code 256",
+            "nervectl workflow list --since soon",
+            "nervectl events a",
+            "nervectl events --source me",
+            "nervectl events --until now -f",
+            "nervectl events -o text",
             "nervectl workflow abort",
             "nervectl workflow abort 3fa9 77e0",
             "nervectl workflow drain",
@@ -347,9 +573,31 @@ mod tests {
             "nervectl pause why",
             "nervectl resume now",
             "nervectl reload a",
+            "nervectl blob put",
+            "nervectl blob get",
+            "nervectl store",
+            "nervectl store backup",
+            "nervectl store",
+            "nervectl store archive --older-than soon",
+            "nervectl store archive --max-days 0",
+            "nervectl store archive --dry-run --vacuum",
+            "nervectl store restore",
+            "nervectl store import",
         ] {
             assert!(parse(line).is_err(), "{line}");
         }
+    }
+
+    #[test]
+    fn the_default_age_is_the_stores() {
+        let Ok(Cli {
+            command: Command::Store(Store::Archive(archive)),
+        }) = parse("nervectl store archive")
+        else {
+            panic!("is an archive");
+        };
+        let age_us = u128::from(limits::ARCHIVE_AGE_US);
+        assert_eq!(archive.older_than.as_micros(), age_us);
     }
 
     #[test]
@@ -404,6 +652,7 @@ mod tests {
             "max-rounds",
             "timeout",
             "drained",
+            "imported",
             "killed",
             "aborted",
             "queue-full",
@@ -412,6 +661,7 @@ mod tests {
             "worker-died",
             "start-limit-hit",
             "unit-refused",
+            "thread-damaged",
             "exit-code:1",
             "signal:SIGSEGV",
             "no-route:retry",

@@ -104,7 +104,7 @@ pub(super) async fn reload(settings: &Settings) -> Result<u8, Failure> {
 }
 
 /// A change whose answer was lost may be in force.
-fn unknown(error: CallError, what_to_do: &str) -> Failure {
+pub(super) fn unknown(error: CallError, what_to_do: &str) -> Failure {
     match error {
         CallError::Lost(cause) => {
             Failure::Unknown(format!("the answer is unknown: {cause}; {what_to_do}"))

@@ -10,6 +10,7 @@ use super::cli::Start;
 use crate::bus::client::check_key;
 use crate::model::limits;
 use crate::model::name::{RunTail, WorkflowName};
+use crate::model::time::utc;
 
 /// A workflow's name.
 pub(super) fn workflow(text: &OsStr) -> Result<WorkflowName, Failure> {
@@ -18,12 +19,15 @@ pub(super) fn workflow(text: &OsStr) -> Result<WorkflowName, Failure> {
         .map_err(|error| Failure::Input(format!("{error}")))
 }
 
-/// What is typed for a run.
+/// What is typed for a run: the last digits of its id, or the id that it had where it was imported from, which can be
+/// any text.
 pub(super) fn run(text: &OsStr) -> Result<String, Failure> {
-    let text = text.to_string_lossy();
+    let text = utf8("the run's id", text.as_encoded_bytes().to_vec())?;
     match text.parse::<RunTail>() {
-        Ok(_) => Ok(text.into_owned()),
-        Err(error) => Err(Failure::Input(error.to_string())),
+        Err(error) if text.is_empty() || text.chars().any(char::is_control) => {
+            Err(Failure::Input(error.to_string()))
+        }
+        _ => Ok(text),
     }
 }
 
@@ -41,6 +45,18 @@ pub(super) fn reason(text: Option<&OsStr>) -> Result<String, Failure> {
         )));
     }
     Ok(text)
+}
+
+/// From when to when: that there is a time between them.
+pub(super) fn window(since: Option<u64>, until: Option<u64>) -> Result<(), Failure> {
+    match (since, until) {
+        (Some(since), Some(until)) if since > until => Err(Failure::Input(format!(
+            "--since is {}, which is after --until, {}",
+            utc(since),
+            utc(until)
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// What makes a start idempotent.
@@ -191,7 +207,10 @@ mod tests {
             );
         }
         assert_eq!(run(OsStr::new("3FA9")).unwrap(), "3FA9");
-        assert_eq!(run(OsStr::new("xyz")).unwrap_err().status(), 65);
+        assert_eq!(run(OsStr::new("old id/1")).unwrap(), "old id/1");
+        for bad in ["", "a\n"] {
+            assert_eq!(run(OsStr::new(bad)).unwrap_err().status(), 65, "{bad:?}");
+        }
         assert_eq!(key(Some(OsStr::new("a"))).unwrap().as_deref(), Some("a"));
         assert_eq!(key(None).unwrap(), None);
         assert_eq!(key(Some(OsStr::new("a\n"))).unwrap_err().status(), 65);

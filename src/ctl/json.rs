@@ -66,6 +66,7 @@ struct StatusObject<'a> {
     queued: u32,
     max_active: Option<u32>,
     paused: Option<PauseObject<'a>>,
+    disk_full: Option<&'a str>,
     workflows: Vec<WorkflowObject<'a>>,
 }
 
@@ -109,6 +110,7 @@ impl<'a> From<&'a ManagerStatus> for StatusObject<'a> {
                 since: pause.since,
                 by: decode(&pause.by),
             }),
+            disk_full: status.disk_full.as_deref(),
             workflows: status.workflows.iter().map(WorkflowObject::from).collect(),
         }
     }
@@ -234,7 +236,7 @@ pub(super) fn thread(rounds: &[Round]) -> String {
     array(&rounds.iter().map(RoundObject::from).collect::<Vec<_>>())
 }
 
-fn array<T: Serialize>(items: &[T]) -> String {
+pub(super) fn array<T: Serialize>(items: &[T]) -> String {
     // Strings, numbers and maps with string keys: there is nothing in it that JSON cannot say.
     let mut text = serde_json::to_string_pretty(items).unwrap_or_default();
     text.push('\n');
@@ -334,6 +336,7 @@ mod tests {
             serde_json::json!([{
                 "version": "0.1.0", "startedAt": 0, "running": 0, "queued": 0, "maxActive": null,
                 "paused": {"reason": null, "since": 5, "by": {"uid": 0}},
+                "diskFull": null,
                 "workflows": [{
                     "name": "a", "worker": "blocked", "invocation": null, "obstacle": "why", "since": null,
                     "running": 0, "queued": 0, "concurrency": 0, "overflow": "queue", "maxQueue": 0, "onFull": null,

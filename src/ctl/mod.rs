@@ -2,15 +2,23 @@
 //!
 //! Only [`run`] decides the exit status. stdout has what was asked for and nothing else; all else goes to stderr.
 
+mod archive;
+mod archived;
+mod blob;
 mod cli;
 mod control;
+mod events;
+mod import;
 mod input;
 mod json;
 mod kill;
+mod predecessor;
 mod render;
 mod render_status;
 mod start;
+mod store;
 mod text;
+mod thread;
 mod verbs;
 mod wait;
 
@@ -60,6 +68,11 @@ impl Default for Settings {
 impl Settings {
     async fn connect(&self) -> Result<Client, CallError> {
         Client::connect(&self.addresses).await
+    }
+
+    /// For what takes as long as it takes.
+    async fn connect_patiently(&self) -> Result<Client, CallError> {
+        Client::connect_patiently(&self.addresses).await
     }
 }
 
@@ -136,10 +149,13 @@ async fn dispatch(settings: &Settings, command: Command) -> Result<u8, Failure> 
         Command::Workflow(Workflow::Abort(arguments)) => control::abort(settings, &arguments).await,
         Command::Workflow(Workflow::Drain(arguments)) => control::drain(settings, &arguments).await,
         Command::Workflow(Workflow::Reset(arguments)) => control::reset(settings, &arguments).await,
+        Command::Blob(command) => blob::dispatch(settings, command).await,
+        Command::Store(command) => store::dispatch(settings, command).await,
         Command::Pause(arguments) => control::pause(settings, &arguments).await,
         Command::Resume => control::resume(settings).await,
         Command::Reload => control::reload(settings).await,
-        Command::Thread(arguments) => verbs::thread(settings, &arguments).await,
+        Command::Thread(arguments) => thread::thread(settings, &arguments).await,
+        Command::Events(arguments) => events::events(settings, &arguments).await,
         Command::Logs(arguments) => verbs::logs(settings, &arguments).await,
         Command::Validate(arguments) => verbs::validate(settings, &arguments),
         Command::Status(arguments) => verbs::status(settings, &arguments).await,
@@ -179,6 +195,12 @@ fn print(text: &str) -> Result<(), Failure> {
 
 fn is_terminal() -> bool {
     io::stdout().is_terminal()
+}
+
+/// The terminal's width, if stdout is one.
+fn width() -> Option<usize> {
+    let size = rustix::termios::tcgetwinsize(io::stdout()).ok()?;
+    Some(usize::from(size.ws_col)).filter(|width| *width > 0)
 }
 
 /// µs since the epoch.

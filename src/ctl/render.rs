@@ -96,6 +96,9 @@ pub(super) fn waits(run: &Run, status: &ManagerStatus, now: u64) -> Option<Strin
     let is_queued = run.status == Status::Queued.as_str();
     let why = match status.paused.as_ref().filter(|_| is_queued) {
         Some(pause) => format!("nerve is {}", render_status::pause(pause, now)),
+        None if is_queued && status.disk_full.is_some() => {
+            format!("the disk is full: {}", line(status.disk_full.as_deref()?))
+        }
         None => {
             let mut all = status.workflows.iter();
             let workflow = all.find(|workflow| workflow.name == run.workflow)?;
@@ -212,7 +215,7 @@ pub(super) fn show(run: &Run, waits: Option<String>, now: u64) -> String {
 }
 
 /// What an event has to say.
-fn what(kind: &str, payload: &Value) -> String {
+pub(super) fn what(kind: &str, payload: &Value) -> String {
     let text = match kind {
         "worker-lost" => worker_lost(payload),
         RunEvent::KILL | RunEvent::ABORT => Some(request(payload)),
@@ -514,6 +517,11 @@ Events:
         assert_eq!(
             waits(&queued(), &status, NOW).as_deref(),
             Some("it is on fire")
+        );
+        status.disk_full = Some("no space left on device".to_owned());
+        assert_eq!(
+            waits(&queued(), &status, NOW).as_deref(),
+            Some("the disk is full: no space left on device")
         );
         status.paused = Some(Pause {
             since: CREATED,

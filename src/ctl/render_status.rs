@@ -32,6 +32,9 @@ pub(super) fn status(status: &ManagerStatus, now: u64) -> String {
     if let Some(paused) = &status.paused {
         let _ = writeln!(text, "{}", pause(paused, now));
     }
+    if let Some(why) = &status.disk_full {
+        let _ = writeln!(text, "disk full: {}", line(why));
+    }
     let row = |workflow: &WorkflowStatus| {
         let mark = if workflow.error.is_some() {
             " (broken)"
@@ -142,6 +145,7 @@ mod tests {
             queued: 0,
             started_at: CREATED,
             paused: None,
+            disk_full: None,
             max_active: None,
             workflows: vec![
                 ready,
@@ -190,6 +194,7 @@ broken    absent      0/1   0/100    -  /etc/nerve/workflows/broken.yaml (broken
                 since: CREATED,
                 by: r#"{"uid":0,"pid":4711,"comm":"nervectl"}"#.to_owned(),
             }),
+            disk_full: Some("no space left on device".to_owned()),
             workflows: vec![blocked],
         };
         assert_eq!(
@@ -197,6 +202,7 @@ broken    absent      0/1   0/100    -  /etc/nerve/workflows/broken.yaml (broken
             "nerve 0.1.0, started 2026-11-20 10:36:22 UTC; 5min ago
 0 running of at most 8, 3 queued
 paused since 2026-11-20 10:36:22 UTC (5min ago) by uid 0 (nervectl, pid 4711): disk\\nfull; `nervectl resume` ends that
+disk full: no space left on device
 
 WORKFLOW  WORKER   RUNNING  QUEUED  PID  DEFINITION
 a         blocked      0/1   3/100    -  /etc/nerve/workflows/a.yaml

@@ -66,6 +66,12 @@ pub(super) fn table(header: &[&str], right: &[&str], rows: &[Vec<String>]) -> St
     text
 }
 
+/// A cell of a column so wide.
+#[must_use]
+pub(super) fn pad(cell: &str, width: usize) -> String {
+    format!("{cell:<width$}")
+}
+
 /// A span of time in systemd's words, its two largest units: `2h 5min`, `31.2s`, `840ms`.
 #[must_use]
 pub(super) fn span(us: u64) -> String {

@@ -1,4 +1,4 @@
-//! The verbs that only look: `workflow list`, `workflow show`, `thread`, `logs`, `validate`, `status`.
+//! The verbs that only look: `workflow list`, `workflow show`, `logs`, `validate`, `status`.
 
 use std::ffi::OsStr;
 use std::fmt::Write as _;
@@ -6,7 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
 
-use super::cli::{Format, List, ListFormat, Logs, Show, Status, Thread, Validate};
+use super::cli::{Format, List, ListFormat, Logs, Show, Status, Validate};
 use super::start::waits;
 use super::{
     Failure, Settings, input, is_terminal, json, note, now, print, render, render_status, text,
@@ -21,29 +21,67 @@ use crate::model::name::{RunId, WorkflowName};
 
 /// `nervectl workflow list`
 pub(super) async fn list(settings: &Settings, arguments: &List) -> Result<u8, Failure> {
-    let workflow = arguments
-        .workflow
-        .as_deref()
-        .map(input::workflow)
-        .transpose()?;
+    input::window(arguments.since, arguments.until)?;
+    let workflow = arguments.workflow.as_deref();
+    let workflow = workflow.map(input::workflow).transpose()?;
+    let before = arguments.before.as_deref().map(input::run).transpose()?;
+    let statuses = arguments.status.iter().map(ToString::to_string).collect();
     let filter = ListFilter {
         workflow: workflow.map(String::from),
         active: arguments.active.then_some(true),
+        statuses: Some(statuses),
+        exit_code: arguments.exit_code,
+        since: arguments.since,
+        until: arguments.until,
+        before,
         limit: Some(arguments.lines),
     };
-    let runs = settings.connect().await?.list(filter).await?;
+    let runs = settings.connect().await?.list(filter.clone()).await?;
     match arguments.output {
         ListFormat::Json => print(&json::list(&runs))?,
         ListFormat::Table => {
             print(&render::list(&runs, now()))?;
-            if is_terminal()
-                && u32::try_from(runs.len()).is_ok_and(|count| count >= arguments.lines)
-            {
-                note(&format!("\nThe newest {}; -n shows more.", runs.len()));
+            let is_full = u32::try_from(runs.len()).is_ok_and(|count| count >= arguments.lines);
+            if let Some(last) = runs.last().filter(|_| is_full && is_terminal()) {
+                note(&format!(
+                    "\nThose before them: {}",
+                    next_page(&filter, &last.run)
+                ));
             }
         }
     }
     Ok(0)
+}
+
+/// The command that lists what comes after this run. Times are moments, so that the pages fit together whenever they are
+/// asked for.
+fn next_page(filter: &ListFilter, last: &str) -> String {
+    let mut command = "nervectl workflow list".to_owned();
+    let mut add = |option: &str, value: &str| {
+        let _ = write!(command, "{option}{value}");
+    };
+    if let Some(workflow) = &filter.workflow {
+        add(" ", workflow);
+    }
+    if filter.active == Some(true) {
+        add(" --active", "");
+    }
+    for status in filter.statuses.iter().flatten() {
+        add(" --status ", status);
+    }
+    if let Some(code) = filter.exit_code {
+        add(" --exit-code ", &code.to_string());
+    }
+    for (option, at) in [(" --since @", filter.since), (" --until @", filter.until)] {
+        if let Some(at) = at {
+            add(option, &format!("{}.{:06}", at / 1_000_000, at % 1_000_000));
+        }
+    }
+    if let Some(lines) = filter.limit {
+        add(" -n ", &lines.to_string());
+    }
+    add(" --before ", render::short(last));
+    command
 }
 
 /// `nervectl workflow show`
@@ -55,21 +93,6 @@ pub(super) async fn show(settings: &Settings, arguments: &Show) -> Result<u8, Fa
     match arguments.output {
         Format::Json => print(&json::show(&run, waits))?,
         Format::Text => print(&render::show(&run, waits, now()))?,
-    }
-    Ok(0)
-}
-
-/// `nervectl thread`
-pub(super) async fn thread(settings: &Settings, arguments: &Thread) -> Result<u8, Failure> {
-    let tail = input::run(&arguments.run)?;
-    let rounds = settings
-        .connect()
-        .await?
-        .thread(&tail, arguments.lines)
-        .await?;
-    match arguments.output {
-        Format::Json => print(&json::thread(&rounds))?,
-        Format::Text => print(&render::thread(&rounds))?,
     }
     Ok(0)
 }
@@ -226,6 +249,25 @@ mod tests {
             .map(|argument| argument.to_string_lossy().into_owned())
             .filter(|a| a != "--no-pager")
             .collect()
+    }
+
+    #[test]
+    fn the_next_page_is_a_command_that_says_all_of_the_list() {
+        let filter = ListFilter {
+            workflow: Some("a".to_owned()),
+            active: Some(true),
+            statuses: Some(vec!["queued".to_owned(), "started".to_owned()]),
+            exit_code: Some(2),
+            since: Some(1_795_170_982_000_007),
+            until: None,
+            before: Some("77e0".to_owned()),
+            limit: Some(50),
+        };
+        assert_eq!(
+            next_page(&filter, &ended().run),
+            "nervectl workflow list a --active --status queued --status started --exit-code 2 --since @1795170982.000007 \
+             -n 50 --before 3fa9c1d2"
+        );
     }
 
     #[test]

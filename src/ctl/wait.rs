@@ -7,7 +7,10 @@
 use std::io;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::oneshot;
 
 use super::Settings;
 use crate::bus::client::{Change, Changes, Client, Run, Subject};
@@ -53,7 +56,7 @@ pub(super) async fn until_gone(
 
 /// What `ask` gives, once it gives something; it is asked again when the answer can have changed. Connects anew, for
 /// ever, when the connection goes away.
-async fn until<T>(
+pub(super) async fn until<T>(
     settings: &Settings,
     client: Client,
     subject: &Subject,
@@ -125,8 +128,22 @@ fn calls_for_a_question(change: &Change) -> bool {
     match change {
         Change::Run(status) => status.parse().is_ok_and(Status::is_terminal),
         Change::Vanished => false,
-        Change::Workflow | Change::Appeared | Change::Disconnected => true,
+        Change::Workflow | Change::Log | Change::Appeared | Change::Disconnected => true,
     }
+}
+
+/// Returns when stdout is a pipe or a terminal that nobody reads any more: then there is nobody to wait for.
+pub(super) async fn nobody_reads() {
+    let (told, gone) = oneshot::channel();
+    // It ends with the process at the latest.
+    std::thread::spawn(move || {
+        // Whatever else is asked for, an error of the other end is always told.
+        let stdout = io::stdout();
+        let mut stdout = [PollFd::new(&stdout, PollFlags::empty())];
+        while poll(&mut stdout, None) == Err(Errno::INTR) {}
+        let _ = told.send(());
+    });
+    let _ = gone.await;
 }
 
 /// SIGINT and SIGTERM, while one waits for something that goes on without us.
@@ -399,6 +416,7 @@ mod tests {
         for change in [
             Change::Run("dropped".to_owned()),
             Change::Workflow,
+            Change::Log,
             Change::Appeared,
             Change::Disconnected,
         ] {

@@ -125,6 +125,7 @@ impl Engine {
                 && self.going_down_until.is_none()
                 && !workflow.is_draining()
                 && workflow.may_start()
+                && !self.is_scarce
         })
     }
 

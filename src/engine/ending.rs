@@ -135,6 +135,19 @@ impl Engine {
         }
     }
 
+    /// No worker has it, whatever was meant to be sent, and none can go on with it.
+    pub(super) fn thread_damaged(&mut self, id: RunId, detail: String) -> Touched {
+        let Some(open) = self.open.get_mut(&id) else {
+            return Touched::Nothing;
+        };
+        open.held = Held::No;
+        open.ending
+            .get_or_insert_with(|| Box::new((RunResult::ThreadDamaged, Some(detail))));
+        let name = open.run.workflow.clone();
+        self.empty(id);
+        Touched::Workflow(name)
+    }
+
     pub(super) fn emptied(&mut self, id: RunId) -> Result<Touched, Illegal> {
         let Some(open) = self.open.get_mut(&id) else {
             return Ok(Touched::Nothing);

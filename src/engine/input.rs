@@ -131,8 +131,12 @@ pub enum Input {
     },
     /// Whether a worker unit is started is unknown: to be tried again after a pause.
     StartFailed { workflow: WorkflowName },
+    /// A run that was dispatched was sent to nobody: what it said so far cannot be read, and why.
+    ThreadDamaged { run: RunId, detail: String },
     /// No process is left in the run's cgroup.
     Emptied { run: RunId },
+    /// Whether the disk is so full that nothing may leave a queue.
+    Scarce(bool),
     /// [`Engine::deadline`] has passed.
     Deadline,
 }

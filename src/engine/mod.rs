@@ -71,6 +71,8 @@ pub struct Engine {
     links: HashMap<LinkId, WorkflowName>,
     max_active: Option<u32>,
     pause: Option<Pause>,
+    /// The disk is nearly full: what is left is for the runs that are under way.
+    is_scarce: bool,
     /// systemd has said which units there are; before that nobody knows what a worker was started with.
     units_known: bool,
     /// nerve or the machine goes down: until then nothing is started.
@@ -309,7 +311,12 @@ impl Engine {
                 self.start_failed(&workflow);
                 Ok(Touched::Nothing)
             }
+            Input::ThreadDamaged { run, detail } => Ok(self.thread_damaged(run, detail)),
             Input::Emptied { run } => self.emptied(run),
+            Input::Scarce(is_scarce) => {
+                self.is_scarce = is_scarce;
+                Ok(Touched::Everything)
+            }
             Input::Deadline => {
                 self.deadlines()?;
                 Ok(Touched::Everything)

@@ -54,6 +54,7 @@ impl Engine {
             links: HashMap::new(),
             max_active: recovered.max_active,
             pause: recovered.pause,
+            is_scarce: false,
             units_known: false,
             going_down_until: None,
             next_order: 0,

@@ -84,6 +84,7 @@ fn by() -> Caller {
         uid: 0,
         pid: None,
         comm: None,
+        unit: None,
     }
 }
 
@@ -795,6 +796,33 @@ fn the_crash_limit_blocks_until_somebody_resets_it() {
 }
 
 #[test]
+fn a_run_whose_thread_is_damaged_ends_and_the_others_go_on() {
+    let (mut world, run) = World::working("concurrency: 2");
+    let other = world.start();
+    let damaged = || Input::ThreadDamaged {
+        run,
+        detail: "blob".to_owned(),
+    };
+    world.step(damaged());
+    assert_eq!(world.emptied(), [run]);
+    assert_eq!(world.orders(), []);
+    assert_eq!(world.status(run), Status::Started);
+    world.step(Input::Emptied { run });
+    assert_eq!(world.result(run), Some("thread-damaged".into()));
+    assert_eq!(world.status(other), Status::Started);
+    assert!(world.step(damaged()).is_empty());
+    // A kill that was asked for meanwhile is what ends it.
+    let (mut world, run) = World::working("");
+    world.step(Input::ThreadDamaged {
+        run,
+        detail: "blob".to_owned(),
+    });
+    world.kill(run);
+    world.step(Input::Emptied { run });
+    assert_eq!(world.status(run), Status::Killed);
+}
+
+#[test]
 fn a_unit_that_failed_blocks_and_one_that_was_refused_does_not() {
     let mut world = World::new("");
     let first = world.start();
@@ -1144,6 +1172,19 @@ fn a_limit_over_all_workflows_gives_the_slot_to_whoever_waited_longest() {
     assert_eq!(statuses(&world), [Started, Started, Queued, Queued]);
     world.kill(runs[0]);
     assert_eq!(statuses(&world), [Killed, Started, Started, Queued]);
+}
+
+#[test]
+fn a_full_disk_keeps_everything_in_its_queue_and_lets_runs_end() {
+    let mut world = World::new("concurrency: 2");
+    let first = world.start();
+    assert_eq!(world.status(first), Status::Started);
+    world.step(Input::Scarce(true));
+    let second = world.start();
+    assert_eq!(world.status(second), Status::Queued);
+    assert_eq!(world.status(first), Status::Started);
+    world.step(Input::Scarce(false));
+    assert_eq!(world.status(second), Status::Started);
 }
 
 #[test]

@@ -63,8 +63,8 @@ pub enum Answer {
     NotOpen,
     /// The run is being ended already, by a kill or an abort.
     Ending,
-    /// The disk is full and nothing was stored. Said by the driver, never by the engine.
-    NoSpace,
+    /// The disk is full and nothing was stored: where, and how full. Said by the driver, never by the engine.
+    NoSpace(String),
 }
 
 /// An order to a worker.

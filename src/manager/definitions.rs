@@ -18,8 +18,12 @@ use crate::config::diagnostic::{Diagnostic, Severity};
 use crate::config::directory::{self, File, Trust};
 use crate::config::settings;
 use crate::engine::{Input, Known};
+use crate::model::audit::{Audit, Verb};
 use crate::model::name::WorkflowName;
+use crate::model::retention::Policy;
+use crate::model::run::Caller;
 use crate::model::workflow::Definition;
+use crate::os::clock;
 use crate::os::watch::Watch;
 use crate::store::{self, Store};
 
@@ -76,6 +80,7 @@ pub struct InForce {
     /// Most runs at a time over all workflows.
     pub max_active: Option<u32>,
     files: Files,
+    policy: Policy,
     /// All that is wrong with the files, in their order.
     diagnostics: Vec<Diagnostic>,
 }
@@ -116,6 +121,7 @@ impl InForce {
 pub struct Definitions {
     requests: mpsc::Sender<Request>,
     files: watch::Receiver<Arc<Files>>,
+    policy: watch::Receiver<Arc<Policy>>,
 }
 
 impl Definitions {
@@ -133,6 +139,25 @@ impl Definitions {
     pub fn files(&self) -> Arc<Files> {
         Arc::clone(&self.files.borrow())
     }
+
+    /// What is kept of which workflow.
+    #[must_use]
+    pub fn policy(&self) -> Arc<Policy> {
+        Arc::clone(&self.policy.borrow())
+    }
+}
+
+/// The entry for a reload; who sends a signal nobody knows.
+#[must_use]
+pub fn reloaded(by: Option<Caller>) -> Audit {
+    Audit {
+        verb: Verb::Reload,
+        subject: Audit::NERVE.to_owned(),
+        by,
+        reason: None,
+        outcome: Audit::DONE.to_owned(),
+        at: clock::wall_us(),
+    }
 }
 
 /// The one task that reads what is on disk.
@@ -143,6 +168,7 @@ pub struct Keeper {
     in_force: InForce,
     requests: mpsc::Receiver<Request>,
     files: watch::Sender<Arc<Files>>,
+    policy: watch::Sender<Arc<Policy>>,
 }
 
 impl Keeper {
@@ -158,16 +184,19 @@ impl Keeper {
         in_force.log(&nothing);
         let (sender, requests) = mpsc::channel(REQUESTS);
         let (files, receiver) = watch::channel(Arc::new(in_force.files.clone()));
+        let (policy, policy_receiver) = watch::channel(Arc::new(in_force.policy.clone()));
         let keeper = Self {
             places,
             watch,
             in_force,
             requests,
             files,
+            policy,
         };
         let definitions = Definitions {
             requests: sender,
             files: receiver,
+            policy: policy_receiver,
         };
         Ok((keeper, definitions))
     }
@@ -235,6 +264,10 @@ impl Keeper {
             self.files
                 .send_replace(Arc::new(self.in_force.files.clone()));
         }
+        if before.policy != self.in_force.policy {
+            self.policy
+                .send_replace(Arc::new(self.in_force.policy.clone()));
+        }
         if self.in_force.is_same(&before) {
             return Ok(());
         }
@@ -284,6 +317,11 @@ fn take(
 ) -> Result<InForce, store::Error> {
     let mut after = InForce {
         max_active: settings.settings.max_active,
+        policy: Policy {
+            compressed: settings.settings.compressed.unwrap_or(false),
+            retention: settings.settings.retention,
+            of_workflows: BTreeMap::new(),
+        },
         diagnostics: settings.diagnostics,
         ..InForce::default()
     };
@@ -311,6 +349,10 @@ fn take(
                 ),
             },
         };
+        if let Some(definition) = &known.definition {
+            let of_workflows = &mut after.policy.of_workflows;
+            of_workflows.insert(name.to_string(), definition.workflow.retention);
+        }
         after.diagnostics.extend(file.parsed.diagnostics);
         after.files.insert(name.clone(), file.path);
         after.workflows.insert(name, known);
@@ -461,6 +503,7 @@ mod tests {
                         queued: 0,
                         max_active: None,
                         pause: None,
+                        scarcity: None,
                         workflows: vec![],
                     };
                     reply.send(nothing).unwrap();

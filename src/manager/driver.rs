@@ -19,11 +19,14 @@ use tokio::time::{Instant, sleep};
 use super::handle::{Change, Event, Handle, INBOX, News, Overview};
 use super::hands::{Hands, World};
 use super::outbox::Outbox;
+use super::room::{Keys, Room};
+use super::tickets::Tickets;
 use crate::engine::{
-    self, Action, Answer, Dispatch, Engine, Input, LinkId, Now, Order, Staged, Ticket, Turn,
+    self, Action, Answer, Dispatch, Engine, Input, LinkId, Now, Order, Staged, Turn,
 };
+use crate::model::audit::Audit;
 use crate::model::message::Message;
-use crate::model::name::{RunId, WorkflowName};
+use crate::model::name::RunId;
 use crate::model::run::{Run, RunEvent};
 use crate::os::clock;
 use crate::store::{self, Store};
@@ -35,8 +38,8 @@ const TURN: usize = 256;
 const HEARTBEAT: Duration = Duration::from_secs(5);
 /// `systemctl status` is told no more often.
 const NEWS: Duration = Duration::from_millis(200);
-/// Runs by workflow and key.
-type Keys = HashMap<(WorkflowName, String), RunId>;
+/// What runs have said so far, or why that cannot be read.
+type Threads = BTreeMap<RunId, Result<Vec<Message>, String>>;
 
 /// The one owner of state.
 #[derive(Debug)]
@@ -47,10 +50,12 @@ pub struct Driver {
     news: mpsc::UnboundedSender<News>,
     inbox: mpsc::Receiver<Event>,
     links: HashMap<LinkId, Outbox>,
-    tickets: HashMap<Ticket, oneshot::Sender<Answer>>,
-    next_ticket: Ticket,
+    tickets: Tickets,
+    /// What goes on record with the next turn, beside what that turn answers.
+    audits: Vec<Audit>,
+    room: Room,
     /// What `systemctl status` last showed, and when.
-    shown: Option<((usize, usize), Instant)>,
+    shown: Option<((usize, usize), bool, Instant)>,
 }
 
 impl Driver {
@@ -59,6 +64,7 @@ impl Driver {
     pub fn new(
         engine: Engine,
         store: store::Handle,
+        room: Room,
         world: World,
         news: mpsc::UnboundedSender<News>,
     ) -> (Self, Handle) {
@@ -71,8 +77,9 @@ impl Driver {
             news,
             inbox,
             links: HashMap::new(),
-            tickets: HashMap::new(),
-            next_ticket: 0,
+            tickets: Tickets::default(),
+            audits: Vec::new(),
+            room,
             shown: None,
         };
         (driver, handle)
@@ -86,7 +93,7 @@ impl Driver {
         let mut stop = std::pin::pin!(stop);
         let mut events = Vec::new();
         // What recovery decided comes before anything else.
-        self.finish_turn().await?;
+        self.finish_turn(now()).await?;
         loop {
             let until = |at: u64| Duration::from_micros(at.saturating_sub(clock::boot_us()));
             let pause = self
@@ -99,18 +106,25 @@ impl Driver {
                 () = sleep(pause) => {}
                 () = &mut stop => return Ok(()),
             }
-            let now = Now {
-                wall_us: clock::wall_us(),
-                boot_us: clock::boot_us(),
-            };
+            let now = now();
+            self.look_for_room(now).await?;
             let keys = self.keys(&events).await?;
-            let mut observers = Vec::new();
-            for event in events.drain(..) {
+            let refused = self.room.keep_texts(&events, &self.store).await?;
+            let (mut observers, mut recorded) = (Vec::new(), Vec::new());
+            for (index, event) in events.drain(..).enumerate() {
+                let Some(event) = self.room.let_in(event, refused.contains(&index), &keys) else {
+                    continue;
+                };
                 let input = match event {
                     Event::Input(input) => input,
                     Event::Change(change, reply) => self.admit(change, reply, &keys),
                     Event::Overview(reply) => {
                         observers.push(reply);
+                        continue;
+                    }
+                    Event::Audit(audit, reply) => {
+                        self.audits.push(audit);
+                        recorded.push(reply);
                         continue;
                     }
                     Event::Breach(link, error) => {
@@ -128,10 +142,13 @@ impl Driver {
             if self.engine.deadline().is_some_and(|at| at <= now.boot_us) {
                 self.check(Input::Deadline, now);
             }
-            self.finish_turn().await?;
+            self.finish_turn(now).await?;
+            // A client that went away needs no answer.
             for observer in observers {
-                // A client that went away needs no answer.
                 let _ = observer.send(self.overview());
+            }
+            for reply in recorded {
+                let _ = reply.send(());
             }
         }
     }
@@ -143,6 +160,7 @@ impl Driver {
             queued,
             max_active: self.engine.max_active(),
             pause: self.engine.pause().cloned(),
+            scarcity: self.room.scarcity().cloned(),
             workflows: self.engine.status(),
         }
     }
@@ -171,10 +189,31 @@ impl Driver {
         self.store.call(look).await
     }
 
+    /// Looks whether there is room for what is new, and has all go on when there is again.
+    async fn look_for_room(&mut self, now: Now) -> Result<(), store::Error> {
+        if self.room.may_move_log() {
+            self.room.log = self.store.call(Store::move_log).await?;
+        }
+        let before = self.room.is_scarce();
+        self.room.look();
+        if self.room.is_scarce() == before {
+            return Ok(());
+        }
+        self.check(Input::Scarce(!before), now);
+        if let Some(why) = self.room.scarcity() {
+            tracing::error!("nothing is started: {why}");
+            return Ok(());
+        }
+        tracing::info!("there is room again: runs start");
+        for link in self.room.held_back() {
+            let error = "there is room again for what was not stored".to_owned();
+            self.refuse(link, error);
+        }
+        Ok(())
+    }
+
     fn admit(&mut self, change: Change, reply: oneshot::Sender<Answer>, keys: &Keys) -> Input {
-        let ticket = self.next_ticket;
-        self.next_ticket += 1;
-        self.tickets.insert(ticket, reply);
+        let ticket = self.tickets.take(&change, reply);
         match change {
             Change::Start { run, accepted } => Input::Start {
                 ticket,
@@ -226,7 +265,22 @@ impl Driver {
         }
     }
 
-    async fn finish_turn(&mut self) -> Result<(), store::Error> {
+    /// Ends the turn, and with it those of its runs whose threads turned out to be damaged.
+    async fn finish_turn(&mut self, now: Now) -> Result<(), store::Error> {
+        loop {
+            let damaged = self.commit_turn().await?;
+            if damaged.is_empty() {
+                return Ok(());
+            }
+            for (run, detail) in damaged {
+                tracing::error!(NERVE_RUN_ID = %run, "run {run} cannot go on: {detail}");
+                self.check(Input::ThreadDamaged { run, detail }, now);
+            }
+        }
+    }
+
+    /// The runs that could not be dispatched, and why.
+    async fn commit_turn(&mut self) -> Result<Vec<(RunId, String)>, store::Error> {
         let mut turn = self.engine.take_turn();
         let actions = std::mem::take(&mut turn.actions);
         let news = news(&turn);
@@ -234,25 +288,26 @@ impl Driver {
             tracing::debug!(event = ?staged.event, "event");
         }
         Hands::tell_of_deaths(&turn.events);
+        let mut audits = std::mem::take(&mut self.audits);
+        audits.extend(self.tickets.audits(&actions, clock::wall_us()));
         let dispatched: Vec<_> = actions.iter().filter_map(dispatched).collect();
         let mut threads = BTreeMap::new();
         let moments = store::Moments::of(&turn);
-        if !turn.events.is_empty() || !dispatched.is_empty() {
+        let is_new = !turn.events.is_empty() || !audits.is_empty();
+        if is_new || !dispatched.is_empty() {
             // One way to the store and back, since every run of the turn waits for it.
             let work = move |store: &mut Store| {
-                if !turn.events.is_empty() {
-                    store.commit(&turn)?;
+                if is_new {
+                    store.commit(&turn, &audits)?;
                 }
-                read_threads(store, &dispatched)
+                Ok((read_threads(store, &dispatched)?, store.log()?))
             };
-            threads = match self.store.call(work).await {
-                Ok(threads) => threads,
+            (threads, self.room.log) = match self.store.call(work).await {
+                Ok(done) => done,
                 Err(error) => {
                     if error.is_full() {
                         // Nothing of the turn is stored: for once a failed commit can be answered.
-                        for (_, reply) in self.tickets.drain() {
-                            let _ = reply.send(Answer::NoSpace);
-                        }
+                        self.tickets.answer_all(&Answer::NoSpace(error.to_string()));
                     }
                     return Err(error);
                 }
@@ -262,18 +317,14 @@ impl Driver {
         for one in news {
             let _ = self.news.send(one);
         }
-        self.perform(actions, threads);
-        Ok(())
+        Ok(self.perform(actions, threads))
     }
 
-    fn perform(&mut self, actions: Vec<Action>, mut threads: BTreeMap<RunId, Vec<Message>>) {
+    fn perform(&mut self, actions: Vec<Action>, mut threads: Threads) -> Vec<(RunId, String)> {
+        let mut damaged = Vec::new();
         for action in actions {
             match action {
-                Action::Answer { ticket, answer } => {
-                    if let Some(reply) = self.tickets.remove(&ticket) {
-                        let _ = reply.send(answer);
-                    }
-                }
+                Action::Answer { ticket, answer } => self.tickets.answer(ticket, answer),
                 Action::StartUnit { workflow, settings } => {
                     self.hands.start_unit(workflow, settings);
                 }
@@ -281,9 +332,14 @@ impl Driver {
                 Action::ReadUnit { workflow } => self.hands.read_unit(workflow),
                 Action::KillUnit { workflow, cgroup } => Hands::kill_unit(&workflow, cgroup),
                 Action::Dispatch { link, dispatch } => {
-                    let thread = threads.remove(&dispatch.run).unwrap_or_default();
                     crate::os::failpoint!("F12");
-                    self.tell(link, &assignment(&dispatch, thread));
+                    match threads.remove(&dispatch.run) {
+                        Some(Err(detail)) => damaged.push((dispatch.run, detail)),
+                        thread => {
+                            let thread = thread.and_then(Result::ok).unwrap_or_default();
+                            self.tell(link, &assignment(&dispatch, thread));
+                        }
+                    }
                 }
                 Action::Tell { link, order } => {
                     let frame = self.frame(link, order);
@@ -303,6 +359,7 @@ impl Driver {
                 Action::Empty { run, cgroup } => self.hands.empty(run, cgroup),
             }
         }
+        damaged
     }
 
     fn refuse(&mut self, link: LinkId, error: String) -> Option<Outbox> {
@@ -342,20 +399,34 @@ impl Driver {
     /// Tells systemd that the loop turns, and people what it is about; returns when to come again.
     fn show(&mut self) -> Duration {
         let counts = self.engine.counts();
+        let is_scarce = self.room.is_scarce();
         let (age, pause) = match self.shown {
             None => (HEARTBEAT, HEARTBEAT),
-            Some((shown, at)) if shown == counts => (at.elapsed(), HEARTBEAT),
-            Some((_, at)) => (at.elapsed(), NEWS),
+            Some((shown, was_scarce, at)) if shown == counts && was_scarce == is_scarce => {
+                (at.elapsed(), HEARTBEAT)
+            }
+            Some((.., at)) => (at.elapsed(), NEWS),
         };
         if age < pause {
             return pause.saturating_sub(age);
         }
         let (running, queued) = counts;
         let paused = self.engine.pause().map_or("", |_| "; paused");
-        let status = format!("{running} runs active, {queued} queued{paused}");
+        let full = self
+            .room
+            .scarcity()
+            .map_or_else(String::new, |why| format!("; disk full: {why}"));
+        let status = format!("{running} runs active, {queued} queued{paused}{full}");
         let _ = sd_notify::notify(&[NotifyState::Watchdog, NotifyState::Status(&status)]);
-        self.shown = Some((counts, Instant::now()));
+        self.shown = Some((counts, is_scarce, Instant::now()));
         HEARTBEAT
+    }
+}
+
+fn now() -> Now {
+    Now {
+        wall_us: clock::wall_us(),
+        boot_us: clock::boot_us(),
     }
 }
 
@@ -391,17 +462,16 @@ fn dispatched(action: &Action) -> Option<RunId> {
     }
 }
 
-fn read_threads(
-    store: &Store,
-    runs: &[RunId],
-) -> Result<BTreeMap<RunId, Vec<Message>>, store::Error> {
-    let mut threads = BTreeMap::new();
+/// Reads what the runs have said so far. Damage is the end of the run that has it, and of no other.
+fn read_threads(store: &Store, runs: &[RunId]) -> Result<Threads, store::Error> {
+    let mut threads = Threads::new();
     for run in runs {
-        let thread = store.thread(*run, &store::ThreadRange::default())?;
-        threads.insert(
-            *run,
-            thread.into_iter().map(|round| round.message).collect(),
-        );
+        let thread = match store.thread(*run, &store::ThreadRange::default()) {
+            Ok(thread) => Ok(thread.into_iter().map(|round| round.message).collect()),
+            Err(error) if error.is_damage() => Err(error.to_string()),
+            Err(error) => return Err(error),
+        };
+        threads.insert(*run, thread);
     }
     Ok(threads)
 }

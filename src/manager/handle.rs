@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use super::outbox::Outbox;
 use crate::engine::{Answer, Input, LinkId, WorkflowStatus};
+use crate::model::audit::Audit;
 use crate::model::name::{RunId, WorkflowName};
 use crate::model::run::{AbortRequest, Accepted, Caller, KillRequest};
 use crate::model::status::Status;
@@ -28,6 +29,8 @@ pub struct Gone;
 pub(super) enum Event {
     /// A client wants a change.
     Change(Change, oneshot::Sender<Answer>),
+    /// Somebody did something that does not go through the engine; answered when it is on record.
+    Audit(Audit, oneshot::Sender<()>),
     /// A client wants to look.
     Overview(oneshot::Sender<Overview>),
     /// A worker is ready, and this is the way to it.
@@ -84,6 +87,8 @@ pub struct Overview {
     /// Most runs at a time over all workflows.
     pub max_active: Option<u32>,
     pub pause: Option<Pause>,
+    /// Why nothing begins, when the disk has no room.
+    pub scarcity: Option<String>,
     pub workflows: Vec<WorkflowStatus>,
 }
 
@@ -112,6 +117,27 @@ impl Handle {
             .await
             .map_err(|_| Gone)?;
         answer.await.map_err(|_| Gone)
+    }
+
+    /// Puts something on record that does not go through the engine; returns when that is durable.
+    ///
+    /// # Errors
+    /// [`Gone`].
+    pub async fn audit(&self, audit: Audit) -> Result<(), Gone> {
+        let (reply, answer) = oneshot::channel();
+        let sent = self.inbox.send(Event::Audit(audit, reply)).await;
+        sent.map_err(|_| Gone)?;
+        answer.await.map_err(|_| Gone)
+    }
+
+    /// The same without waiting, for what must be answered however slow the disk is.
+    ///
+    /// # Errors
+    /// [`Gone`] also when the driver has too much to do; then it is not on record.
+    pub fn audit_later(&self, audit: Audit) -> Result<(), Gone> {
+        let (reply, _) = oneshot::channel();
+        let sent = self.inbox.try_send(Event::Audit(audit, reply));
+        sent.map_err(|_| Gone)
     }
 
     /// How everything stands, as of the last turn.

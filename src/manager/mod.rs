@@ -5,6 +5,7 @@
 //! - [`driver`]: the one task that changes state, turn by turn
 //! - [`hands`]: what it does to systemd and to cgroups
 //! - [`link`]: connections of workers, each with its `outbox`
+//! - [`room`]: whether the disk has some
 
 pub mod definitions;
 pub mod driver;
@@ -12,3 +13,5 @@ pub mod handle;
 pub mod hands;
 pub mod link;
 mod outbox;
+pub mod room;
+mod tickets;

@@ -14,6 +14,12 @@ pub const PROMPT_BYTES: usize = 1024 * 1024;
 pub const REPLY_BYTES: usize = 1024 * 1024;
 /// Largest prompt of a role, after rendering.
 pub const RENDERED_PROMPT_BYTES: usize = 4 * 1024 * 1024;
+/// A longer text of an event is kept as a blob.
+pub const INLINE_BYTES: usize = 64 * 1024;
+/// Largest blob that a client may put.
+pub const BLOB_BYTES: u64 = 1024 * 1024 * 1024;
+/// With less than that on the disk nothing begins: what one checkpoint moves, and some long replies.
+pub const ROOM_BYTES: u64 = 16 * 1024 * 1024;
 /// What is kept of a round's stderr.
 pub const STDERR_TAIL_BYTES: usize = 8 * 1024;
 /// Longest journal line that the worker sends on; a longer line is split.
@@ -30,6 +36,12 @@ pub const DEFAULT_MAX_ROUNDS: u32 = 50;
 pub const CONCURRENCY: u32 = 256;
 /// Largest `max_active`.
 pub const MAX_ACTIVE: u32 = 100_000;
+/// Days that ended longer ago are archived, in µs.
+pub const ARCHIVE_AGE_US: u64 = 30 * super::time::DAY_US;
+/// Largest `days` of a `retention`.
+pub const RETENTION_DAYS: u32 = 36_500;
+/// Largest `runs` of a `retention`.
+pub const RETENTION_RUNS: u32 = 1_000_000_000;
 /// Largest `max_queue`.
 pub const MAX_QUEUE: u32 = 1_000_000;
 /// `max_queue` when the file does not say.
@@ -49,7 +61,7 @@ pub const OUTBOX_FRAMES: usize = 4_096;
 /// Template instructions one prompt may use.
 pub const TEMPLATE_FUEL: u64 = 100_000;
 /// Most rows that one answer of the bus holds.
-pub const LIST_ROWS: u32 = 10_000;
+pub const LIST_ROWS: u32 = 1_000;
 
 /// A worker that is connected says `ready` within this time.
 pub const READY_TIMEOUT: Duration = Duration::from_secs(5);

@@ -3,12 +3,16 @@
 //! A value of these types is valid by construction: names are parsed once, a [`workflow::Workflow`] has been
 //! proved, and a [`run::Run`] changes only through [`run::Run::after`].
 
+pub mod audit;
 pub mod exit;
 pub mod hex;
 pub mod limits;
 pub mod message;
 pub mod moderator;
 pub mod name;
+pub mod predecessor;
+pub mod report;
+pub mod retention;
 pub mod run;
 pub mod status;
 pub mod time;

@@ -39,17 +39,35 @@ impl Accepted {
     /// Round 0 of the run's thread. `max_rounds` is its limit, once that is fixed.
     #[must_use]
     pub fn start_message(self, run: RunId, max_rounds: Option<u32>, timestamp: u64) -> Message {
-        let mut meta = serde_json::Map::new();
-        meta.insert("runId".into(), run.to_string().into());
-        meta.insert("maxRounds".into(), max_rounds.into());
-        meta.insert("dryRun".into(), self.dry_run.into());
-        meta.insert("trigger".into(), self.trigger);
-        Message {
-            role: RoleName::START.into(),
-            content: self.prompt,
-            meta,
+        start_message(
+            run,
+            self.prompt,
+            max_rounds,
+            self.dry_run,
+            self.trigger,
             timestamp,
-        }
+        )
+    }
+}
+
+fn start_message(
+    run: RunId,
+    content: String,
+    max_rounds: Option<u32>,
+    dry_run: bool,
+    trigger: Value,
+    timestamp: u64,
+) -> Message {
+    let mut meta = serde_json::Map::new();
+    meta.insert("runId".into(), run.to_string().into());
+    meta.insert("maxRounds".into(), max_rounds.into());
+    meta.insert("dryRun".into(), dry_run.into());
+    meta.insert("trigger".into(), trigger);
+    Message {
+        role: RoleName::START.into(),
+        content,
+        meta,
+        timestamp,
     }
 }
 
@@ -64,6 +82,9 @@ pub struct Caller {
     /// The process's name, which it chooses itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub comm: Option<String>,
+    /// The unit that the process belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unit: Option<String>,
 }
 
 impl fmt::Display for Caller {
@@ -162,6 +183,59 @@ pub enum RunEvent {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         detail: Option<String>,
     },
+    /// It was, and had ended, where its history was imported from; the only event that its row comes from.
+    Imported(Box<Imported>),
+}
+
+/// A run as it was elsewhere. Times are µs since the epoch.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Imported {
+    /// The id that it had.
+    pub old_id: String,
+    /// The status that it had.
+    pub old_status: String,
+    /// Its workflow; not every name that a workflow could have elsewhere is one here.
+    pub workflow: String,
+    /// Content of round 0.
+    pub prompt: String,
+    /// Its limit of rounds, where it is known.
+    pub max_rounds: Option<u32>,
+    /// Whether it was a rehearsal.
+    pub dry_run: bool,
+    /// The status that it has.
+    pub status: Status,
+    /// Its exit code.
+    pub exit_code: u8,
+    /// Why it ended, where it is known.
+    pub result: Option<RunResult>,
+    /// Its rounds.
+    pub rounds: u32,
+    pub created_at: u64,
+    pub started_at: Option<u64>,
+    pub ended_at: u64,
+}
+
+impl Imported {
+    /// What started it.
+    #[must_use]
+    pub fn trigger(&self) -> Value {
+        serde_json::json!({ "type": "import", "oldId": self.old_id })
+    }
+
+    /// Round 0 of its thread.
+    #[must_use]
+    pub fn start_message(self, run: RunId) -> Message {
+        let trigger = self.trigger();
+        start_message(
+            run,
+            self.prompt,
+            self.max_rounds,
+            self.dry_run,
+            trigger,
+            self.created_at,
+        )
+    }
 }
 
 /// A wish to kill a run.
@@ -187,6 +261,27 @@ pub struct AbortRequest {
 }
 
 impl RunEvent {
+    /// The text that may be long: a prompt, or what a role said.
+    #[must_use]
+    pub fn text(&self) -> Option<&String> {
+        match self {
+            Self::Queued(accepted) => Some(&accepted.prompt),
+            Self::Imported(imported) => Some(&imported.prompt),
+            Self::ThreadWorkflowMessage { message, .. } => Some(&message.content),
+            _ => None,
+        }
+    }
+
+    /// The same, to be taken out or put in.
+    pub fn text_mut(&mut self) -> Option<&mut String> {
+        match self {
+            Self::Queued(accepted) => Some(&mut accepted.prompt),
+            Self::Imported(imported) => Some(&mut imported.prompt),
+            Self::ThreadWorkflowMessage { message, .. } => Some(&mut message.content),
+            _ => None,
+        }
+    }
+
     /// The event's type in the log.
     #[must_use]
     pub fn name(&self) -> &'static str {
@@ -199,6 +294,7 @@ impl RunEvent {
             Self::KillRequested(_) => Self::KILL,
             Self::AbortRequested(_) => Self::ABORT,
             Self::Ended { .. } => "ended",
+            Self::Imported(_) => Self::IMPORTED,
         }
     }
 
@@ -206,6 +302,8 @@ impl RunEvent {
     pub const MESSAGE: &str = "thread-workflow-message";
     /// Type of a run's first event, which holds the prompt.
     pub const QUEUED: &str = "queued";
+    /// Type of the only event that is nerve's own of a run that was imported; it holds the prompt.
+    pub const IMPORTED: &str = "imported";
     /// Type of the event that begins a kill.
     pub const KILL: &str = "kill-requested";
     /// Type of the event that begins an abort.
@@ -569,7 +667,8 @@ mod tests {
                 by: Caller {
                     uid: 0,
                     pid: None,
-                    comm: None
+                    comm: None,
+                    unit: None,
                 },
             })),
             results.prop_map(|result| RunEvent::Ended {

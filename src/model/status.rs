@@ -6,7 +6,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 /// Where a run stands. The names are what people, the store and the bus see.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Status {
     /// Accepted and durable, waits for a slot.
     Queued,
@@ -18,7 +19,7 @@ pub enum Status {
     Completed,
     /// A round failed, or a limit was used up.
     Failed,
-    /// Its worker was drained with a time-out that passed.
+    /// Its worker was drained with a time-out that passed, or it had not ended when its history was imported.
     Interrupted,
     /// Somebody asked for it, and no process of it is left.
     Killed,
@@ -81,7 +82,7 @@ impl FromStr for Status {
         Self::ALL
             .into_iter()
             .find(|status| status.as_str() == text)
-            .ok_or_else(|| UnknownWord("status", text.to_owned()))
+            .ok_or_else(|| UnknownWord::status(text))
     }
 }
 
@@ -89,6 +90,12 @@ impl FromStr for Status {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("unknown {0} {1:?}")]
 pub struct UnknownWord(&'static str, String);
+
+impl UnknownWord {
+    pub(super) fn status(text: &str) -> Self {
+        Self("status", text.chars().take(80).collect())
+    }
+}
 
 /// Why a run ended. It determines the terminal status and the exit code: see [`RunResult::end`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -118,6 +125,8 @@ pub enum RunResult {
     Timeout,
     /// Its worker was drained.
     Drained,
+    /// It had not ended when its history was imported.
+    Imported,
     /// Killed.
     Killed,
     /// Aborted.
@@ -136,6 +145,8 @@ pub enum RunResult {
     StartLimitHit,
     /// systemd refused the worker unit.
     UnitRefused,
+    /// What it said so far cannot be read any more, so that no worker can go on with it.
+    ThreadDamaged,
 }
 
 impl RunResult {
@@ -154,18 +165,20 @@ impl RunResult {
             | Self::NoRoute(_) => (Status::Failed, 1),
             Self::MaxRounds => (Status::Failed, 2),
             Self::Timeout => (Status::Failed, 124),
-            Self::Drained => (Status::Interrupted, 130),
+            Self::Drained | Self::Imported => (Status::Interrupted, 130),
             Self::Killed => (Status::Killed, 137),
             Self::Aborted => (Status::Aborted, 143),
             Self::QueueFull | Self::Blocked | Self::Removed => (Status::Dropped, 75),
-            Self::WorkerDied | Self::WorkerExit(_) | Self::StartLimitHit | Self::UnitRefused => {
-                (Status::Crashed, 255)
-            }
+            Self::WorkerDied
+            | Self::WorkerExit(_)
+            | Self::StartLimitHit
+            | Self::UnitRefused
+            | Self::ThreadDamaged => (Status::Crashed, 255),
         }
     }
 
     /// The results that are one word.
-    const WORDS: [(&str, Self); 17] = [
+    const WORDS: [(&str, Self); 19] = [
         ("success", Self::Success),
         ("exec-failed", Self::ExecFailed),
         ("role-timeout", Self::RoleTimeout),
@@ -175,6 +188,7 @@ impl RunResult {
         ("max-rounds", Self::MaxRounds),
         ("timeout", Self::Timeout),
         ("drained", Self::Drained),
+        ("imported", Self::Imported),
         ("killed", Self::Killed),
         ("aborted", Self::Aborted),
         ("queue-full", Self::QueueFull),
@@ -183,6 +197,7 @@ impl RunResult {
         ("worker-died", Self::WorkerDied),
         ("start-limit-hit", Self::StartLimitHit),
         ("unit-refused", Self::UnitRefused),
+        ("thread-damaged", Self::ThreadDamaged),
     ];
 }
 
@@ -255,6 +270,7 @@ mod tests {
             ("max-rounds", Status::Failed, 2),
             ("timeout", Status::Failed, 124),
             ("drained", Status::Interrupted, 130),
+            ("imported", Status::Interrupted, 130),
             ("killed", Status::Killed, 137),
             ("aborted", Status::Aborted, 143),
             ("queue-full", Status::Dropped, 75),

@@ -10,6 +10,7 @@ use super::hex::hex;
 use super::limits;
 use super::message::{ERROR, OK};
 use super::name::{RoleName, WorkflowName};
+use super::retention::Retention;
 use super::run::Digest;
 
 /// A workflow together with the text it was read from: what a run pins.
@@ -42,6 +43,8 @@ pub struct Workflow {
     pub on_full: OnFull,
     /// A run that takes longer, its queue time not counted, ends 124.
     pub timeout: Option<Duration>,
+    /// How long its runs are kept; what it does not say, nerve.yaml says.
+    pub retention: Retention,
     /// The kinds of work.
     pub roles: BTreeMap<RoleName, Role>,
     /// Who comes after whom.

@@ -56,3 +56,15 @@ fn journal() -> io::Result<tracing_journald::Layer> {
     let layer = layer.with_priority_mappings(priorities);
     Ok(layer.with_field_prefix(Some("NERVE".to_owned())))
 }
+
+/// An error with all its causes.
+#[must_use]
+pub fn whole(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        text = format!("{text}: {next}");
+        cause = next.source();
+    }
+    text
+}

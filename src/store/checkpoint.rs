@@ -1,26 +1,65 @@
 //! Checkpoints: what the log holds is moved into the database. As SQLite's own `wal_autocheckpoint` does it, which this
 //! replaces, so that a test can have nerved die on either side of it.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use rusqlite::hooks::Wal;
-use rusqlite::{Connection, Result};
+use rusqlite::{Connection, ErrorCode, Result};
 
 use crate::os::failpoint;
 
 /// The log is moved when it has grown to so many pages, and keeps that size.
-const WAL_PAGES: i32 = 1_000;
+pub(super) const WAL_PAGES: i32 = 1_000;
 
-/// Has every commit of this connection look whether it is time.
-pub(super) fn install(connection: &mut Connection) -> Result<()> {
-    connection.wal_hook(Some(after_commit))
+/// Or to so many, while the database's file is being copied; then the copy has failed. It is less than what is put aside
+/// for a full disk.
+const HELD_PAGES: i32 = 7_000;
+
+/// Keeps the log from being moved, so that the database's file does not change while it is copied.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Hold(Arc<AtomicBool>);
+
+impl Hold {
+    /// Begins; or says that somebody else has begun.
+    pub(super) fn take(&self) -> bool {
+        !self.0.swap(true, Ordering::SeqCst)
+    }
+
+    /// Ends; whether it lasted until now.
+    pub(super) fn release(&self) -> bool {
+        self.0.swap(false, Ordering::SeqCst)
+    }
+
+    /// Whether it lasts.
+    pub(super) fn holds(&self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
 }
 
-/// What cannot be moved, because somebody reads it or because the disk does not take it, is moved next time: the commit
-/// holds in any case.
-#[expect(clippy::unnecessary_wraps, reason = "SQLite wants to be told")]
-fn after_commit(wal: &mut Wal, pages: i32) -> Result<()> {
-    if pages >= WAL_PAGES {
+/// Has every commit of this connection look whether it is time.
+pub(super) fn install(connection: &mut Connection) -> Result<Hold> {
+    let hold = Hold::default();
+    let of_hook = hold.clone();
+    connection.wal_hook(Some(move |wal: &mut Wal, pages: i32| {
+        after_commit(wal, pages, &of_hook)
+    }))?;
+    Ok(hold)
+}
+
+/// What cannot be moved because the disk is full is moved next time: the commit holds in any case. On a disk that is broken
+/// nothing is tried a second time.
+fn after_commit(wal: &mut Wal, pages: i32, hold: &Hold) -> Result<()> {
+    let most = if hold.holds() { HELD_PAGES } else { WAL_PAGES };
+    if pages >= most {
+        hold.release();
         failpoint!("F29");
-        let _ = wal.checkpoint();
+        match wal.checkpoint() {
+            Err(error) if error.sqlite_error_code() != Some(ErrorCode::DiskFull) => {
+                return Err(error);
+            }
+            _ => {}
+        }
         failpoint!("F30");
     }
     Ok(())

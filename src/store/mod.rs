@@ -4,27 +4,51 @@
 //! who reads them; everybody reads what is committed, through the same thread ([`Handle`]), so that nobody is ever told something that the database
 //! does not say.
 
+pub mod archive;
+pub mod backup;
+pub mod blob;
+pub mod check;
 mod checkpoint;
+pub mod cold;
+pub mod collect;
+mod commit;
+mod events;
+mod history;
+pub mod import;
+mod list;
+pub mod log;
 mod moments;
+mod open;
 mod read;
+pub mod retention;
 mod schema;
+mod space;
 #[cfg(test)]
 mod tests;
 mod thread;
+pub mod upkeep;
+pub mod vacuum;
+mod write;
 
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use rusqlite::{Connection, OpenFlags, params};
+use rusqlite::{Connection, Row, params};
 
-use crate::engine::{Event, Turn};
 use crate::model::name::{RunTail, WorkflowName};
-use crate::model::run::RunEvent;
 use crate::model::status::UnknownWord;
 use crate::model::workflow::Definition;
+use crate::os::clock;
 
+pub use blob::{Blobs, Digest};
+pub use events::{Begin, EventFilter, Slice};
+pub use list::RunFilter;
+use log::{Entry, Head, SYSTEM};
 pub use moments::Moments;
-pub use read::{EventRow, Found, Round, RunFilter, RunRow, ThreadRange};
+pub use read::{EventRow, Found, Round, RunRow, ThreadRange};
+pub use space::{Log, RESERVE};
 pub use thread::Handle;
 
 /// Below this SQLite a database in WAL mode can be damaged by its own log reset.
@@ -44,9 +68,57 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
-    /// Somebody else has the database.
+    /// Another nerved has the database.
     #[error("{} is in use by another nerved", .0.display())]
     InUse(PathBuf),
+    /// Another program has it open.
+    #[error("{} is open in another program{}; close it there", path.display(), named(*holder))]
+    Held {
+        /// The database.
+        path: PathBuf,
+        /// The process, where the kernel tells.
+        holder: Option<u32>,
+    },
+    /// It was there and is not any more.
+    #[error(
+        "{0} is {1}, though nerve has kept runs there: restore a backup as nerve-store(7) says, or remove {2} to begin with an empty history"
+    )]
+    Missing(PathBuf, &'static str, PathBuf),
+    /// It is no database of nerve's.
+    #[error("{} is {found}, not a database of nerve's; nothing of it was touched", path.display())]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        found: &'static str,
+    },
+    /// A blob's file holds something else.
+    #[error("blob {expected} is damaged: {} has the digest {found}", path.display())]
+    BlobDamaged {
+        /// Its file.
+        path: PathBuf,
+        /// The digest that it should have.
+        expected: Digest,
+        /// The digest that it has.
+        found: Digest,
+    },
+    /// What is to be a blob is longer than one may be.
+    #[error("it is longer than {most} bytes, the most that a blob may have")]
+    TooLong {
+        /// Bytes.
+        most: u64,
+    },
+    /// A file of the archive is not what it was, or not there.
+    #[error("the archive's file {} cannot be read: {why}", path.display())]
+    Cold {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// An event's text is nowhere.
+    #[error("blob {0} is missing")]
+    BlobMissing(Digest),
     /// A newer nerve wrote it.
     #[error(
         "the database has schema {found}, this nerve knows up to {known}: install the newer nerve again"
@@ -60,14 +132,35 @@ pub enum Error {
     /// The SQLite library is too old to be trusted.
     #[error("SQLite {0} can corrupt a database in WAL mode; 3.51.3 or newer is needed")]
     OldSqlite(&'static str),
+    /// There is another copy, or it takes too long for what is written meanwhile.
+    #[error("{0}; nothing is wrong with the database: try again later")]
+    NotCopied(&'static str),
     /// A setting that durability hangs on did not take.
     #[error("PRAGMA {0} is {1:?}")]
     Pragma(&'static str, String),
     /// The database is damaged.
     #[error(
-        "database is damaged: {0}; restore a backup or examine it with `sqlite3 FILE 'PRAGMA integrity_check'`"
+        "the database is damaged: {0}; nothing of it was touched: `/usr/libexec/nerve/nerved --check` says what is wrong, and nerve-store(7) how to restore a backup"
     )]
     Damaged(String),
+    /// What is left of the disk is for the runs.
+    #[error(
+        "no space left on device (ENOSPC): {} MiB are available in {}, and {} are wanted", available >> 20, path.display(), wanted >> 20
+    )]
+    NoRoom {
+        /// Bytes.
+        available: u64,
+        /// Bytes.
+        wanted: u64,
+        /// Where.
+        path: PathBuf,
+    },
+    /// Nothing is written any more.
+    #[error("an earlier write failed, and whether it is there is not known before the next start")]
+    Unknown,
+    /// What was to be imported is not what it should be.
+    #[error("{0}; nothing of this part was imported")]
+    Import(String),
     /// A word in the database that this version does not know.
     #[error(transparent)]
     Word(#[from] UnknownWord),
@@ -82,20 +175,81 @@ pub enum Error {
 }
 
 impl Error {
+    /// What damage comes to for who cannot start with it: whatever found it, a person needs to know what to do.
+    #[must_use]
+    pub fn at_start(self) -> Self {
+        use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
+        match self {
+            Self::Sqlite(error)
+                if matches!(
+                    error.sqlite_error_code(),
+                    Some(DatabaseCorrupt | NotADatabase)
+                ) =>
+            {
+                Self::Damaged(error.to_string())
+            }
+            Self::Event { seq, source } => {
+                Self::Damaged(format!("event {seq} cannot be read: {source}"))
+            }
+            Self::Word(word) => Self::Damaged(word.to_string()),
+            other => other,
+        }
+    }
+
+    /// Whether something that was stored is not there any more as it was; asked again the store says the same.
+    #[must_use]
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::BlobDamaged { .. } | Self::BlobMissing(_) | Self::Cold { .. } => true,
+            Self::Event { .. } => true,
+            Self::File { source, .. } => {
+                source.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error())
+            }
+            _ => false,
+        }
+    }
+
     /// Whether the disk, or what this process may use of it, is full; then nothing of the transaction is stored.
     #[must_use]
     pub fn is_full(&self) -> bool {
-        matches!(self, Self::Sqlite(error) if error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull))
+        match self {
+            Self::Sqlite(error) => error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull),
+            Self::File { source, .. } => matches!(
+                source.kind(),
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+            ),
+            Self::NoRoom { .. } => true,
+            _ => false,
+        }
     }
 }
 
-/// The database.
+/// The type of the event that says which definition is in force for a workflow.
+const DEFINED: &str = "defined";
+
+/// Its payload.
+fn defined(digest: &str) -> String {
+    serde_json::json!({ "definition": digest }).to_string()
+}
+
+/// The database, which is this process's alone as long as it is open: no other program can read it meanwhile, so none
+/// can hold up the log, and none of an older SQLite can damage it.
 #[derive(Debug)]
 pub struct Store {
     connection: Connection,
+    /// The database's file, for backups. It is closed after the connection: closing it drops SQLite's own locks.
+    image: Arc<File>,
+    hold: checkpoint::Hold,
+    head: Head,
+    blobs: Blobs,
+    directory: PathBuf,
+    /// What the log may grow to without room on the disk.
+    reserved: u64,
+    /// What became of the last write is not known.
+    is_unknown: bool,
     /// Keeps a second nerved away. Not the database file itself: closing a second descriptor of that would drop
     /// SQLite's own locks.
-    _lock: std::fs::File,
+    _lock: File,
 }
 
 impl Store {
@@ -103,134 +257,57 @@ impl Store {
     /// hangs on.
     ///
     /// # Errors
-    /// When it cannot be opened, is damaged, in use, or of a newer nerve. Nothing is changed then.
+    /// When it cannot be opened, is damaged, missing, in use, foreign, or of a newer nerve. Nothing is changed then.
     pub fn open(directory: &Path) -> Result<Self, Error> {
+        Self::opened(directory).map_err(Error::at_start)
+    }
+
+    fn opened(directory: &Path) -> Result<Self, Error> {
         if rusqlite::version_number() < OLDEST_SQLITE {
             return Err(Error::OldSqlite(rusqlite::version()));
         }
+        let lock = open::lock(&directory.join("lock"))?;
+        let mut connection = open::database(directory, &lock)?;
+        vacuum::install(&connection)?;
+        schema::migrate(&mut connection).map_err(|error| match error {
+            Error::Sqlite(rusqlite::Error::SqliteFailure(error, Some(_)))
+                if error.code == rusqlite::ErrorCode::Unknown =>
+            {
+                Error::Damaged("its tables are not those of its version".to_owned())
+            }
+            error => error,
+        })?;
+        let hold = checkpoint::install(&mut connection)?;
+        open::keep_in_mind(directory, &lock)?;
+        let blobs = Blobs::new(directory.join("blobs"));
+        blobs.remove_unfinished()?;
+        check::remove_unfinished(directory)?;
+        let head = Head::of(&connection)?;
         let path = directory.join("nerve.db");
-        let lock = lock(&directory.join("lock"))?;
-        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
-            | OpenFlags::SQLITE_OPEN_CREATE
-            | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let mut connection = Connection::open_with_flags(&path, flags)?;
-        configure(&connection)?;
-        let verdict: String =
-            connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
-        if verdict != "ok" {
-            return Err(Error::Damaged(verdict));
-        }
-        schema::migrate(&mut connection)?;
-        checkpoint::install(&mut connection)?;
+        let image = File::open(&path).map_err(|source| Error::File { path, source })?;
         Ok(Self {
             connection,
+            image: Arc::new(image),
+            hold,
+            head,
+            blobs,
+            directory: directory.to_owned(),
+            reserved: 0,
+            is_unknown: false,
             _lock: lock,
         })
     }
 
-    /// Makes one turn durable: its events and what they add up to, in one transaction.
-    ///
-    /// # Errors
-    /// When it may or may not be stored: the caller must treat the outcome as unknown, except for
-    /// [`Error::is_full`].
-    pub fn commit(&mut self, turn: &Turn) -> Result<(), Error> {
-        let transaction = self
-            .connection
-            .transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
-        {
-            let mut append = transaction.prepare_cached(
-                "INSERT INTO events (source, type, ref, payload, at) VALUES (?1, ?2, ?3, ?4, ?5)",
-            )?;
-            let mut accept = transaction.prepare_cached(
-                "INSERT INTO workflow_runs (run, tail, workflow, status, killing, rounds, dry_run, trigger, key, created_at)
-                 VALUES (?1, ?2, ?3, 'queued', FALSE, 0, ?4, ?5, ?6, ?7)",
-            )?;
-            for staged in &turn.events {
-                let (source, name, subject, payload) = match &staged.event {
-                    Event::Run(run, event) => (
-                        "workflow",
-                        event.name(),
-                        run.to_string(),
-                        serde_json::to_string(event),
-                    ),
-                    Event::Worker(name, event) => (
-                        "workflow",
-                        event.name(),
-                        name.to_string(),
-                        serde_json::to_string(event),
-                    ),
-                    Event::Manager(event) => (
-                        "system",
-                        event.name(),
-                        "nerve".to_owned(),
-                        serde_json::to_string(event),
-                    ),
-                };
-                let payload = payload.map_err(|source| Error::Event { seq: 0, source })?;
-                append.execute(params![source, name, subject, payload, sql(staged.at)])?;
-                if let Event::Run(run, RunEvent::Queued(accepted)) = &staged.event {
-                    let id = run.to_string();
-                    accept.execute(params![
-                        id,
-                        id.chars().rev().collect::<String>(),
-                        accepted.workflow.as_str(),
-                        accepted.dry_run,
-                        accepted.trigger.to_string(),
-                        accepted.key,
-                        sql(staged.at),
-                    ])?;
-                }
-            }
-            let mut update = transaction.prepare_cached(
-                "UPDATE workflow_runs SET status = ?2, killing = ?3, aborting = ?4, exit_code = ?5, result = ?6,
-                     reason = ?7, rounds = ?8, max_rounds = ?9, definition = ?10, started_at = ?11, ended_at = ?12
-                 WHERE run = ?1",
-            )?;
-            for run in turn.runs.values() {
-                let (started, ended) = (run.started(), run.ended());
-                update.execute(params![
-                    run.id.to_string(),
-                    run.status().as_str(),
-                    run.is_killing(),
-                    run.is_aborting(),
-                    ended.map(|(result, _)| result.end().1),
-                    ended.map(|(result, _)| result.to_string()),
-                    run.reason(),
-                    run.position().rounds,
-                    run.max_rounds,
-                    started.map(|started| &started.definition),
-                    started.map(|started| sql(started.at)),
-                    ended.map(|(_, at)| sql(at)),
-                ])?;
-            }
-            for (workflow, record) in &turn.workers {
-                let record = serde_json::to_string(record)
-                    .map_err(|source| Error::Event { seq: 0, source })?;
-                transaction.execute(
-                    "INSERT INTO workers (workflow, record) VALUES (?1, ?2)
-                     ON CONFLICT (workflow) DO UPDATE SET record = ?2",
-                    params![workflow.as_str(), record],
-                )?;
-            }
-            match &turn.pause {
-                Some(Some(pause)) => {
-                    let pause = serde_json::to_string(pause)
-                        .map_err(|source| Error::Event { seq: 0, source })?;
-                    transaction.execute(
-                        "INSERT INTO manager (name, value) VALUES ('pause', ?1)
-                         ON CONFLICT (name) DO UPDATE SET value = ?1",
-                        [pause],
-                    )?;
-                }
-                Some(None) => {
-                    transaction.execute("DELETE FROM manager WHERE name = 'pause'", [])?;
-                }
-                None => {}
-            }
-        }
-        Moments::of(turn).before_commit();
-        transaction.commit()?;
-        Ok(())
+    /// The folder of blobs.
+    #[must_use]
+    pub fn blobs(&self) -> &Blobs {
+        &self.blobs
+    }
+
+    /// Where all of it is.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.directory
     }
 
     /// Keeps a definition's bytes, and that it is the one in force for its workflow.
@@ -238,20 +315,30 @@ impl Store {
     /// # Errors
     /// When the database does not take it.
     pub fn put_definition(&mut self, definition: &Definition, bytes: &[u8]) -> Result<(), Error> {
-        let transaction = self
-            .connection
-            .transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
-        transaction.execute(
-            "INSERT OR IGNORE INTO definitions (digest, bytes) VALUES (?1, ?2)",
-            params![definition.digest, bytes],
-        )?;
-        transaction.execute(
-            "INSERT INTO workflows (name, definition) VALUES (?1, ?2)
-             ON CONFLICT (name) DO UPDATE SET definition = ?2 WHERE definition <> ?2",
-            params![definition.workflow.name.as_str(), definition.digest],
-        )?;
-        transaction.commit()?;
-        Ok(())
+        self.write(|transaction, head| {
+            transaction.execute(
+                "INSERT OR IGNORE INTO definitions (digest, bytes) VALUES (?1, ?2)",
+                params![definition.digest, bytes],
+            )?;
+            let name = definition.workflow.name.as_str();
+            let changed = transaction.execute(
+                "INSERT INTO workflows (name, definition) VALUES (?1, ?2)
+                 ON CONFLICT (name) DO UPDATE SET definition = ?2 WHERE definition <> ?2",
+                params![name, definition.digest],
+            )?;
+            if changed > 0 {
+                let entry = Entry {
+                    source: SYSTEM,
+                    event_type: DEFINED,
+                    reference: name,
+                    payload: &defined(&definition.digest),
+                    blob: None,
+                    at: clock::wall_us(),
+                };
+                head.append(transaction, &entry)?;
+            }
+            Ok(())
+        })
     }
 
     /// The digest of the definition that was last in force for a workflow.
@@ -285,51 +372,16 @@ fn sql(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }
 
-fn lock(path: &Path) -> Result<std::fs::File, Error> {
-    use rustix::fs::{FlockOperation, flock};
-    let failed = |source| Error::File {
-        path: path.to_owned(),
-        source,
-    };
-    let file = std::fs::File::options()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(path)
-        .map_err(failed)?;
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::InUse(path.to_owned())),
-        Err(error) => Err(failed(error.into())),
-    }
+fn unsigned(row: &Row<'_>, column: &str) -> rusqlite::Result<u64> {
+    Ok(row.get::<_, i64>(column)?.unsigned_abs())
 }
 
-fn configure(connection: &Connection) -> Result<(), Error> {
-    let set = |name: &'static str, value: &str, expected: &str| -> Result<(), Error> {
-        connection.execute_batch(&format!("PRAGMA {name} = {value}"))?;
-        let word: rusqlite::types::Value =
-            connection.pragma_query_value(None, name, |row| row.get(0))?;
-        let word = match word {
-            rusqlite::types::Value::Integer(number) => number.to_string(),
-            rusqlite::types::Value::Text(text) => text,
-            other => format!("{other:?}"),
-        };
-        if word == expected {
-            Ok(())
-        } else {
-            Err(Error::Pragma(name, word))
-        }
-    };
-    connection.busy_timeout(std::time::Duration::from_secs(5))?;
-    set("journal_mode", "WAL", "wal")?;
-    set("synchronous", "FULL", "2")?;
-    set("foreign_keys", "ON", "1")?;
-    set("trusted_schema", "OFF", "0")?;
-    set("cell_size_check", "ON", "1")?;
-    // Our own hook does it.
-    set("wal_autocheckpoint", "0", "0")?;
-    connection.set_prepared_statement_cache_capacity(32);
-    Ok(())
+fn maybe_unsigned(row: &Row<'_>, column: &str) -> rusqlite::Result<Option<u64>> {
+    Ok(row.get::<_, Option<i64>>(column)?.map(i64::unsigned_abs))
+}
+
+fn named(holder: Option<u32>) -> String {
+    holder.map_or_else(String::new, |pid| format!(" (pid {pid})"))
 }
 
 impl Store {

@@ -43,7 +43,8 @@ impl Moments {
                     RunEvent::Ended { .. } => Some(Kind::Ended),
                     RunEvent::Dispatched { .. }
                     | RunEvent::WorkerLost { .. }
-                    | RunEvent::AbortRequested(_) => None,
+                    | RunEvent::AbortRequested(_)
+                    | RunEvent::Imported(_) => None,
                 });
             }
         }

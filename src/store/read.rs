@@ -3,8 +3,11 @@
 use std::collections::BTreeMap;
 
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
+use serde_json::Value;
 
-use super::{Error, Store};
+use super::blob::{Blobs, Digest};
+use super::log::{Logged, WORKFLOW};
+use super::{Error, Store, maybe_unsigned, unsigned};
 use crate::model::message::Message;
 use crate::model::name::{InvalidName, RunId, RunTail, WorkflowName};
 use crate::model::run::{Run, RunEvent};
@@ -30,6 +33,19 @@ pub struct RunRow {
     pub created_at: u64,
     pub started_at: Option<u64>,
     pub ended_at: Option<u64>,
+    /// The id that it had where it was imported from.
+    pub old_id: Option<String>,
+}
+
+impl RunRow {
+    /// The type of the event that is the start of its thread. An imported run may have old events of our names.
+    pub(super) fn start_event(&self) -> &'static str {
+        if self.old_id.is_some() {
+            RunEvent::IMPORTED
+        } else {
+            RunEvent::QUEUED
+        }
+    }
 }
 
 /// An entry of the log.
@@ -48,17 +64,6 @@ pub struct Round {
     pub message: Message,
 }
 
-/// Which runs to list; newest first.
-#[derive(Debug, Clone, Default)]
-pub struct RunFilter {
-    /// Of this workflow only.
-    pub workflow: Option<WorkflowName>,
-    /// Only those that have not ended.
-    pub active: bool,
-    /// At most so many.
-    pub limit: u32,
-}
-
 /// Which part of a thread; by default all of it.
 #[derive(Debug, Clone, Default)]
 pub struct ThreadRange {
@@ -66,6 +71,8 @@ pub struct ThreadRange {
     pub limit: Option<u32>,
     /// Only what is older than this round.
     pub before: Option<u32>,
+    /// Only what is newer than this round.
+    pub after: Option<u32>,
     /// Fewer, when as JSON they would be more than this; at least one.
     pub bytes: Option<usize>,
 }
@@ -78,18 +85,10 @@ pub enum Found {
     Several,
 }
 
-const RUN_COLUMNS: &str = "run, workflow, status, killing, aborting, exit_code, result, reason, rounds, max_rounds, dry_run, \
-                           trigger, definition, created_at, started_at, ended_at";
+pub(super) const RUN_COLUMNS: &str = "run, workflow, status, killing, aborting, exit_code, result, reason, rounds, max_rounds, dry_run, \
+                           trigger, definition, created_at, started_at, ended_at, old_id";
 
-fn unsigned(row: &Row<'_>, column: &str) -> rusqlite::Result<u64> {
-    Ok(row.get::<_, i64>(column)?.unsigned_abs())
-}
-
-fn maybe_unsigned(row: &Row<'_>, column: &str) -> rusqlite::Result<Option<u64>> {
-    Ok(row.get::<_, Option<i64>>(column)?.map(i64::unsigned_abs))
-}
-
-fn run_row(row: &Row<'_>) -> Result<RunRow, Error> {
+pub(super) fn run_row(row: &Row<'_>) -> Result<RunRow, Error> {
     Ok(RunRow {
         run: row.get("run")?,
         workflow: row.get("workflow")?,
@@ -107,6 +106,7 @@ fn run_row(row: &Row<'_>) -> Result<RunRow, Error> {
         created_at: unsigned(row, "created_at")?,
         started_at: maybe_unsigned(row, "started_at")?,
         ended_at: maybe_unsigned(row, "ended_at")?,
+        old_id: row.get("old_id")?,
     })
 }
 
@@ -133,6 +133,90 @@ fn event(row: &Row<'_>) -> Result<(RunEvent, u64), Error> {
     Ok((event, unsigned(row, "at")?))
 }
 
+/// The event of a run.
+fn parsed(event: &Logged) -> Result<RunEvent, Error> {
+    let parsed = serde_json::from_str(&event.payload);
+    parsed.map_err(|source| Error::Event {
+        seq: super::sql(event.seq),
+        source,
+    })
+}
+
+/// The round of a message.
+pub(super) fn round_of(event: &Logged) -> Result<Option<u32>, Error> {
+    Ok(match parsed(event)? {
+        RunEvent::ThreadWorkflowMessage { round, .. } => Some(round),
+        _ => None,
+    })
+}
+
+/// An event without what is large and said elsewhere: the prompt, and what messages hold.
+pub(super) fn shortened(event: &Logged) -> EventRow {
+    let mut payload: Result<Value, _> = serde_json::from_str(&event.payload);
+    if let Ok(Value::Object(payload)) = &mut payload {
+        payload.remove("type");
+        payload.remove("prompt");
+        if let Some(Value::Object(message)) = payload.get_mut("message") {
+            message.remove("content");
+            if let Some(Value::Object(meta)) = message.get_mut("meta") {
+                meta.remove("stderr");
+            }
+        }
+    }
+    EventRow {
+        seq: event.seq,
+        event_type: event.event_type.clone(),
+        payload: payload.map_or_else(|_| event.payload.clone(), |payload| payload.to_string()),
+        timestamp: event.at,
+    }
+}
+
+/// The rounds that some events of a run are, oldest first: the newest of them, as long as they have no more than so many
+/// bytes, and at least one.
+pub(super) fn rounds(
+    newest_first: impl Iterator<Item = Result<Logged, Error>>,
+    id: RunId,
+    max_rounds: Option<u32>,
+    most: Option<usize>,
+    blobs: &Blobs,
+) -> Result<Vec<Round>, Error> {
+    let (mut thread, mut bytes) = (Vec::new(), 0);
+    for logged in newest_first {
+        let logged = logged?;
+        bytes += logged.payload.len();
+        let mut event = parsed(&logged)?;
+        if let Some(digest) = &logged.blob {
+            let text = text(blobs, digest)?;
+            bytes += text.len();
+            if let Some(place) = event.text_mut() {
+                *place = text;
+            }
+        }
+        let (round, message) = match event {
+            RunEvent::ThreadWorkflowMessage { round, message } => (round, message),
+            RunEvent::Queued(accepted) => (0, accepted.start_message(id, max_rounds, logged.at)),
+            RunEvent::Imported(imported) => (0, imported.start_message(id)),
+            _ => continue,
+        };
+        if most.is_some_and(|most| bytes > most) && !thread.is_empty() {
+            break;
+        }
+        thread.push(Round { round, message });
+    }
+    thread.reverse();
+    Ok(thread)
+}
+
+/// The text that an event has left to a blob.
+fn text(blobs: &Blobs, digest: &str) -> Result<String, Error> {
+    let digest =
+        Digest::parse(digest).ok_or_else(|| Error::Damaged(format!("{digest:?} is no digest")))?;
+    let bytes = blobs.get(&digest)?;
+    let bytes = bytes.ok_or(Error::BlobMissing(digest))?;
+    // It was a text, and it is what it was.
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
 impl Store {
     /// One run's row.
     ///
@@ -148,60 +232,28 @@ impl Store {
             .transpose()
     }
 
-    /// Rows, newest first.
-    ///
-    /// # Errors
-    /// When the database cannot be read.
-    pub fn runs(&self, filter: &RunFilter) -> Result<Vec<RunRow>, Error> {
-        let of_workflow = if filter.workflow.is_some() {
-            "workflow = ?1"
-        } else {
-            "?1 IS NULL"
-        };
-        let active = if filter.active {
-            "AND ended_at IS NULL"
-        } else {
-            ""
-        };
-        let mut select = self.connection.prepare_cached(&format!(
-            "SELECT {RUN_COLUMNS} FROM workflow_runs WHERE {of_workflow} {active} ORDER BY seq DESC LIMIT ?2"
-        ))?;
-        let name = filter.workflow.as_ref().map(WorkflowName::as_str);
-        let mut rows = select.query(params![name, filter.limit])?;
-        let mut runs = Vec::new();
-        while let Some(row) = rows.next()? {
-            runs.push(run_row(row)?);
-        }
-        Ok(runs)
-    }
-
-    /// What happened to a run, oldest first, without what is large and said elsewhere: the prompt, and what messages
-    /// hold.
+    /// What happened to a run, oldest first, as far as the database has it: [`super::Handle::events`] knows the archive
+    /// too. Who asked for what is not what happened to it.
     ///
     /// # Errors
     /// When the database cannot be read.
     pub fn events(&self, id: RunId) -> Result<Vec<EventRow>, Error> {
-        let mut select = self.connection.prepare_cached(
-            "SELECT seq, type, at, json_remove(payload, '$.type', '$.prompt', '$.message.content', '$.message.meta.stderr')
-                 AS payload FROM events WHERE ref = ?1 ORDER BY seq",
-        )?;
-        let row = |row: &Row<'_>| {
-            Ok(EventRow {
-                seq: unsigned(row, "seq")?,
-                event_type: row.get("type")?,
-                payload: row.get("payload")?,
-                timestamp: unsigned(row, "at")?,
-            })
-        };
-        Ok(select
-            .query_map([id.to_string()], row)?
-            .collect::<Result<_, _>>()?)
+        let mut select = self.connection.prepare_cached(&format!(
+            "SELECT {} FROM events WHERE ref = ?1 AND source <> 'audit' ORDER BY seq",
+            Logged::COLUMNS
+        ))?;
+        let mut rows = select.query([id.to_string()])?;
+        let mut events = Vec::new();
+        while let Some(row) = rows.next()? {
+            events.push(shortened(&Logged::of(row)?));
+        }
+        Ok(events)
     }
 
-    /// Part of a thread, oldest first; the start is round 0.
+    /// Part of a thread, oldest first, as far as the database has it: [`super::Handle::thread`] knows the archive too.
     ///
     /// # Errors
-    /// When the database cannot be read.
+    /// When the database or a blob cannot be read.
     pub fn thread(&self, id: RunId, range: &ThreadRange) -> Result<Vec<Round>, Error> {
         let Some(row) = self.run(id)? else {
             return Ok(Vec::new());
@@ -210,43 +262,27 @@ impl Store {
         let skipped = range
             .before
             .map_or(0, |before| (row.rounds + 1).saturating_sub(before));
-        let mut select = self.connection.prepare_cached(
-            "SELECT seq, payload, at FROM events WHERE ref = ?1 AND type IN (?2, ?3) ORDER BY seq DESC LIMIT ?4 OFFSET ?5",
-        )?;
-        let limit = range.limit.map_or(i64::MAX, i64::from);
+        let mut select = self.connection.prepare_cached(&format!(
+            "SELECT {} FROM events WHERE ref = ?1 AND type IN (?2, ?3) ORDER BY seq DESC LIMIT ?4 OFFSET ?5",
+            Logged::COLUMNS
+        ))?;
+        let newer = range
+            .after
+            .map(|after| row.rounds.saturating_sub(after).saturating_sub(skipped));
+        let limit = range.limit.into_iter().chain(newer).min();
+        let limit = limit.map_or(i64::MAX, i64::from);
         // Who counts rounds does not mean the start.
-        let start = if range.limit.is_none() {
-            RunEvent::QUEUED
+        let start = if range.limit.is_none() && range.after.is_none() {
+            row.start_event()
         } else {
             RunEvent::MESSAGE
         };
-        let mut rows = select.query(params![
-            id.to_string(),
-            RunEvent::MESSAGE,
-            start,
-            limit,
-            skipped
-        ])?;
-        let (mut thread, mut bytes) = (Vec::new(), 0);
-        while let Some(row_of_event) = rows.next()? {
-            bytes += row_of_event
-                .get_ref("payload")?
-                .as_bytes()
-                .map_or(0, <[u8]>::len);
-            let (round, message) = match event(row_of_event)? {
-                (RunEvent::ThreadWorkflowMessage { round, message }, _) => (round, message),
-                (RunEvent::Queued(accepted), at) => {
-                    (0, accepted.start_message(id, row.max_rounds, at))
-                }
-                _ => continue,
-            };
-            if range.bytes.is_some_and(|most| bytes > most) && !thread.is_empty() {
-                break;
-            }
-            thread.push(Round { round, message });
-        }
-        thread.reverse();
-        Ok(thread)
+        let newest_first = select.query_map(
+            params![id.to_string(), RunEvent::MESSAGE, start, limit, skipped],
+            Logged::of,
+        )?;
+        let newest_first = newest_first.map(|event| event.map_err(Error::from));
+        rounds(newest_first, id, row.max_rounds, range.bytes, self.blobs())
     }
 
     /// The runs that have not ended, in the order in which they were accepted: those in the queue as their rows say,
@@ -291,12 +327,32 @@ impl Store {
         Ok(runs)
     }
 
+    /// The same blobs, each with how many events refer to it, archived ones included once for each file.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub fn count_references(
+        &self,
+        blobs: Vec<(Digest, u64)>,
+    ) -> Result<Vec<(Digest, u64, u64)>, Error> {
+        let mut select = self.connection.prepare_cached(
+            "SELECT (SELECT count(*) FROM events WHERE blob = ?1) + (SELECT count(*) FROM archived_blobs WHERE blob = ?1) AS count",
+        )?;
+        let counted = blobs.into_iter().map(|(digest, size)| {
+            let count = select.query_row([digest.as_str()], |row| unsigned(row, "count"))?;
+            Ok((digest, size, count))
+        });
+        counted.collect()
+    }
+
+    /// A run from its events; texts that they have left to blobs are left out, as nothing hangs on them.
     fn replay(&self, id: RunId, text: &str) -> Result<Run, Error> {
-        let mut select = self
-            .connection
-            .prepare_cached("SELECT seq, payload, at FROM events WHERE ref = ?1 ORDER BY seq")?;
+        let mut select = self.connection.prepare_cached(
+            "SELECT seq, payload, at FROM events WHERE ref = ?1 AND source = ?2 ORDER BY seq",
+        )?;
         let mut run: Option<Run> = None;
-        let mut events = select.query([text])?;
+        // Who asked for it is not what happened to it.
+        let mut events = select.query([text, WORKFLOW])?;
         while let Some(row) = events.next()? {
             let (event, at) = event(row)?;
             run = Some(match (run, &event) {

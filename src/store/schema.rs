@@ -1,12 +1,26 @@
 //! The schema, as an append-only list of migrations indexed by `user_version`. Never change or remove an entry: a
 //! database of any release opens for ever.
 
-use rusqlite::{Connection, TransactionBehavior};
+use rusqlite::{Connection, Transaction, TransactionBehavior};
 
-use super::Error;
+use super::log::{Entry, Head, SYSTEM};
+use super::{Error, unsigned};
 
-const MIGRATIONS: [&str; 2] = [
+/// Marks a file as nerve's, from schema 3 on: "nrv1".
+pub(super) const APPLICATION_ID: i32 = 0x6e72_7631;
+
+/// One thing that a migration does.
+enum Step {
+    Sql(&'static str),
+    Code(fn(&Transaction<'_>) -> Result<(), Error>),
+}
+
+/// The version that this nerve writes.
+pub(super) const VERSION: u32 = 3;
+
+const MIGRATIONS: [&[Step]; VERSION as usize] = [
     // `runs` is what the events add up to. `tail` is the id backwards, so that a prefix of it is a tail of the id.
+    &[Step::Sql(
     "CREATE TABLE events (
          seq INTEGER PRIMARY KEY,
          source TEXT NOT NULL,
@@ -50,7 +64,9 @@ const MIGRATIONS: [&str; 2] = [
          name TEXT PRIMARY KEY,
          definition TEXT NOT NULL REFERENCES definitions (digest)
      ) STRICT, WITHOUT ROWID;",
+    )],
     // `workers` and `manager` are what the events of workflows and of the manager add up to.
+    &[Step::Sql(
     "ALTER TABLE workflow_runs ADD COLUMN aborting INTEGER NOT NULL DEFAULT 0;
      ALTER TABLE workflow_runs ADD COLUMN key TEXT;
      CREATE UNIQUE INDEX runs_by_key ON workflow_runs (workflow, key) WHERE key IS NOT NULL;
@@ -62,23 +78,145 @@ const MIGRATIONS: [&str; 2] = [
          name TEXT PRIMARY KEY,
          value TEXT NOT NULL
      ) STRICT, WITHOUT ROWID;",
+    )],
+    // Events are chained (log.rs), leave long texts to blobs, and go to files when they are old; runs are listed by
+    // the time at which they were accepted.
+    &[
+        Step::Sql(
+            "CREATE TABLE log (
+                 seq INTEGER PRIMARY KEY,
+                 source TEXT NOT NULL,
+                 type TEXT NOT NULL,
+                 ref TEXT NOT NULL,
+                 payload TEXT NOT NULL,
+                 blob TEXT,
+                 at INTEGER NOT NULL,
+                 hash BLOB NOT NULL
+             ) STRICT;",
+        ),
+        Step::Code(chain),
+        Step::Sql(
+            "DROP TABLE events;
+             ALTER TABLE log RENAME TO events;
+             CREATE INDEX events_of ON events (ref, seq);
+             CREATE INDEX events_by_time ON events (at);
+             CREATE INDEX events_with_blob ON events (blob) WHERE blob IS NOT NULL;
+             CREATE TRIGGER events_keep_what_was_said BEFORE UPDATE ON events
+                 BEGIN SELECT RAISE(ABORT, 'events are append-only'); END;
+             ALTER TABLE workflow_runs ADD COLUMN old_id TEXT;
+             CREATE UNIQUE INDEX runs_by_old_id ON workflow_runs (old_id) WHERE old_id IS NOT NULL;
+             DROP INDEX runs_by_workflow;
+             CREATE INDEX runs_by_time ON workflow_runs (created_at);
+             CREATE INDEX runs_by_workflow ON workflow_runs (workflow, created_at);
+             CREATE INDEX runs_by_status ON workflow_runs (status, created_at) WHERE ended_at IS NOT NULL;
+             CREATE INDEX runs_by_workflow_and_status ON workflow_runs (workflow, status, created_at)
+                 WHERE ended_at IS NOT NULL;
+             CREATE INDEX runs_by_exit_code ON workflow_runs (exit_code, created_at) WHERE ended_at IS NOT NULL;
+             CREATE INDEX runs_by_workflow_and_exit_code ON workflow_runs (workflow, exit_code, created_at)
+                 WHERE ended_at IS NOT NULL;
+             CREATE INDEX runs_open_by_time ON workflow_runs (created_at) WHERE ended_at IS NULL;
+             CREATE TABLE archive (
+                 day TEXT NOT NULL,
+                 part INTEGER NOT NULL,
+                 file TEXT NOT NULL UNIQUE,
+                 rows INTEGER NOT NULL,
+                 first INTEGER NOT NULL,
+                 last INTEGER NOT NULL,
+                 digest TEXT NOT NULL,
+                 cleared INTEGER NOT NULL,
+                 PRIMARY KEY (day, part)
+             ) STRICT, WITHOUT ROWID;
+             CREATE TABLE archived_blobs (
+                 blob TEXT NOT NULL,
+                 file TEXT NOT NULL REFERENCES archive (file),
+                 PRIMARY KEY (blob, file)
+             ) STRICT, WITHOUT ROWID;
+             CREATE TABLE imported (
+                 digest BLOB PRIMARY KEY,
+                 seq INTEGER NOT NULL,
+                 run TEXT,
+                 round INTEGER
+             ) STRICT, WITHOUT ROWID;
+             CREATE INDEX imported_rounds ON imported (run, round) WHERE run IS NOT NULL;
+             PRAGMA application_id = 0x6e727631;",
+        ),
+    ],
 ];
+
+/// The version of a database, if this nerve knows it.
+pub(super) fn refuse_newer(connection: &Connection) -> Result<u32, Error> {
+    let version: u32 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+    if version > VERSION {
+        return Err(Error::TooNew {
+            found: version,
+            known: VERSION,
+        });
+    }
+    Ok(version)
+}
 
 /// Brings the database to this version's schema.
 pub(super) fn migrate(connection: &mut Connection) -> Result<(), Error> {
+    let version = refuse_newer(connection)?;
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Exclusive)?;
-    let version: u32 = transaction.query_row("PRAGMA user_version", [], |row| row.get(0))?;
-    let known = u32::try_from(MIGRATIONS.len()).unwrap_or(u32::MAX);
-    if version > known {
-        return Err(Error::TooNew {
-            found: version,
-            known,
-        });
+    for step in MIGRATIONS.iter().skip(version as usize).copied().flatten() {
+        match step {
+            Step::Sql(statements) => transaction.execute_batch(statements)?,
+            Step::Code(code) => code(&transaction)?,
+        }
     }
-    for migration in MIGRATIONS.iter().skip(version as usize) {
-        transaction.execute_batch(migration)?;
-    }
-    transaction.pragma_update(None, "user_version", known)?;
+    transaction.pragma_update(None, "user_version", VERSION)?;
     transaction.commit()?;
+    Ok(())
+}
+
+/// Schema 3: every event that there is gets its hash, and each workflow's definition an event that says so.
+fn chain(transaction: &Transaction<'_>) -> Result<(), Error> {
+    let mut insert = transaction.prepare(
+        "INSERT INTO log (seq, source, type, ref, payload, at, hash) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+    )?;
+    let mut head = Head::default();
+    let mut follow = |entry: &Entry<'_>| -> Result<(), Error> {
+        head = head.after(entry);
+        insert.execute(rusqlite::params![
+            super::sql(head.seq),
+            entry.source,
+            entry.event_type,
+            entry.reference,
+            entry.payload,
+            super::sql(entry.at),
+            head.hash,
+        ])?;
+        Ok(())
+    };
+    let mut select =
+        transaction.prepare("SELECT source, type, ref, payload, at FROM events ORDER BY seq")?;
+    let mut rows = select.query([])?;
+    let mut newest = 0;
+    while let Some(row) = rows.next()? {
+        let text = |column| row.get_ref(column)?.as_str().map_err(rusqlite::Error::from);
+        newest = unsigned(row, "at")?;
+        follow(&Entry {
+            source: text("source")?,
+            event_type: text("type")?,
+            reference: text("ref")?,
+            payload: text("payload")?,
+            blob: None,
+            at: newest,
+        })?;
+    }
+    let mut select = transaction.prepare("SELECT name, definition FROM workflows ORDER BY name")?;
+    let mut rows = select.query([])?;
+    while let Some(row) = rows.next()? {
+        let (name, definition): (String, String) = (row.get(0)?, row.get(1)?);
+        follow(&Entry {
+            source: SYSTEM,
+            event_type: super::DEFINED,
+            reference: &name,
+            payload: &super::defined(&definition),
+            blob: None,
+            at: newest,
+        })?;
+    }
     Ok(())
 }

@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 use serde_json::json;
 
 use super::*;
-use crate::engine::Staged;
+use crate::engine::{Event, Staged, Turn};
+use crate::model::audit::{Audit, Verb};
 use crate::model::message::Message;
 use crate::model::name::RunId;
-use crate::model::run::{Accepted, BootInstant, KillRequest, Place, Run};
+use crate::model::run::{Accepted, BootInstant, KillRequest, Place, Run, RunEvent};
 use crate::model::status::{RunResult, Status};
 use crate::model::worker::{Cause, Death};
 
@@ -104,7 +105,10 @@ fn store() -> (tempfile::TempDir, Store) {
 
 /// Commits events one turn each; returns the run as they add up to.
 fn commit(store: &mut Store, id: RunId, events: &[RunEvent]) -> Run {
-    let mut run: Option<Run> = None;
+    go_on(store, id, None, events)
+}
+
+fn go_on(store: &mut Store, id: RunId, mut run: Option<Run>, events: &[RunEvent]) -> Run {
     for (at, event) in (1..).zip(events) {
         let next = match (&run, event) {
             (None, RunEvent::Queued(accepted)) => Run::accept(id, at, accepted),
@@ -117,10 +121,52 @@ fn commit(store: &mut Store, id: RunId, events: &[RunEvent]) -> Run {
             runs: BTreeMap::from([(id, next.clone())]),
             ..Turn::default()
         };
-        store.commit(&turn).unwrap();
+        // Who asked for it is beside the run's own events, and never taken for one.
+        let audit = Audit {
+            verb: Verb::Kill,
+            subject: id.to_string(),
+            by: None,
+            reason: None,
+            outcome: Audit::DONE.to_owned(),
+            at,
+        };
+        store.commit(&turn, &[audit]).unwrap();
         run = Some(next);
     }
     run.unwrap()
+}
+
+#[test]
+fn what_is_put_aside_is_enough_for_two_hundred_kills_and_ends() {
+    let (_directory, mut store) = store();
+    let (before, after) = (&life()[..7], &life()[7..]);
+    let mut runs = Vec::new();
+    for number in 0..20 {
+        runs.push((id(number), commit(&mut store, id(number), before)));
+    }
+    assert_eq!(store.move_log().unwrap().used, 0);
+    for (id, run) in runs {
+        go_on(&mut store, id, Some(run), after);
+    }
+    // A kill and an end, each a turn of its own.
+    let used = store.log().unwrap().used;
+    assert!(used > 0 && used * 200 / 20 < RESERVE / 2, "{used}");
+}
+
+#[test]
+fn who_asked_for_a_run_is_no_event_of_its_life() {
+    let (_directory, mut store) = store();
+    let run = commit(&mut store, id(1), &life()[..3]);
+    let audit = crate::model::audit::Audit {
+        verb: crate::model::audit::Verb::Start,
+        subject: id(1).to_string(),
+        by: None,
+        reason: None,
+        outcome: "done".to_owned(),
+        at: 9,
+    };
+    store.commit(&Turn::default(), &[audit]).unwrap();
+    assert_eq!(store.open_runs().unwrap(), [run]);
 }
 
 #[test]
@@ -176,6 +222,7 @@ fn a_thread_is_read_whole_by_its_end_and_in_pieces() {
             limit,
             before,
             bytes,
+            ..ThreadRange::default()
         };
         store
             .thread(id(1), &range)
@@ -194,6 +241,21 @@ fn a_thread_is_read_whole_by_its_end_and_in_pieces() {
     assert_eq!(rounds(None, Some(99), None), [0, 1, 2]);
     assert_eq!(rounds(None, None, Some(1)), [2]);
     assert_eq!(rounds(None, None, Some(300)), [1, 2]);
+    let newer = |limit, before, after| -> Vec<u32> {
+        let range = ThreadRange {
+            limit,
+            before,
+            after: Some(after),
+            bytes: None,
+        };
+        let thread = store.thread(id(1), &range).unwrap();
+        thread.iter().map(|round| round.round).collect()
+    };
+    assert_eq!(newer(None, None, 0), [1, 2]);
+    assert_eq!(newer(None, None, 1), [2]);
+    assert_eq!(newer(None, Some(2), 0), [1]);
+    assert_eq!(newer(Some(1), None, 0), [2]);
+    assert!(newer(None, None, 2).is_empty() && newer(None, Some(1), 9).is_empty());
     let start = &store.thread(id(1), &ThreadRange::default()).unwrap()[0].message;
     assert_eq!(
         (start.role.as_str(), start.content.as_str()),
@@ -246,6 +308,7 @@ fn runs_are_listed_newest_first() {
                 workflow,
                 active,
                 limit,
+                ..RunFilter::default()
             })
             .unwrap();
         rows.into_iter().map(|row| row.run).collect()
@@ -259,6 +322,94 @@ fn runs_are_listed_newest_first() {
     assert_eq!(list(None, false, 2), ids(&[4, 3]));
     assert_eq!(list(Some("w"), true, 9), ids(&[3, 2, 1]));
     assert_eq!(list(Some("v"), false, 9), ids(&[]));
+}
+
+#[test]
+fn long_texts_are_blobs_and_the_thread_has_them() {
+    let (_directory, mut store) = store();
+    let long = "ü".repeat(100_000);
+    let mut life = life();
+    life[0] = accepted(&long);
+    let RunEvent::ThreadWorkflowMessage { message, .. } = &mut life[3] else {
+        panic!("round 1");
+    };
+    message.content.clone_from(&long);
+    commit(&mut store, id(1), &life);
+    let thread = store.thread(id(1), &ThreadRange::default()).unwrap();
+    assert_eq!(thread[0].message.content, long);
+    assert_eq!(thread[1].message.content, long);
+    assert_eq!(thread[2].message.content, "b said");
+    let count = |sql: &str| -> u32 {
+        store
+            .connection
+            .query_row(sql, [], |row| row.get(0))
+            .unwrap()
+    };
+    assert_eq!(count("SELECT count(DISTINCT blob) FROM events"), 1);
+    assert!(count("SELECT max(length(payload)) FROM events") < 1_000);
+    let digest = Digest::of(long.as_bytes());
+    std::fs::write(store.blobs().path(&digest), b"else").unwrap();
+    assert!(matches!(
+        store.thread(id(1), &ThreadRange::default()),
+        Err(Error::BlobDamaged { .. })
+    ));
+    std::fs::remove_file(store.blobs().path(&digest)).unwrap();
+    assert!(matches!(
+        store.thread(id(1), &ThreadRange::default()),
+        Err(Error::BlobMissing(missing)) if missing == digest
+    ));
+}
+
+#[test]
+fn a_database_that_was_there_is_missed_and_never_made_anew() {
+    let (directory, store) = store();
+    drop(store);
+    let file = directory.path().join("nerve.db");
+    std::fs::write(&file, b"").unwrap();
+    for _ in 0..2 {
+        let error = Store::open(directory.path()).unwrap_err().to_string();
+        assert!(error.contains("restore a backup"), "{error}");
+    }
+    std::fs::remove_file(&file).unwrap();
+    assert!(matches!(
+        Store::open(directory.path()),
+        Err(Error::Missing(_, "missing", _))
+    ));
+    assert!(!file.exists());
+}
+
+#[test]
+fn a_foreign_database_is_refused_untouched() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("nerve.db");
+    for statements in [
+        "CREATE TABLE logs (id INTEGER)",
+        "PRAGMA application_id = 7; CREATE TABLE events (a); CREATE TABLE workflow_runs (a)",
+    ] {
+        let foreign = rusqlite::Connection::open(&file).unwrap();
+        foreign.execute_batch(statements).unwrap();
+        drop(foreign);
+        let before = std::fs::read(&file).unwrap();
+        let error = Store::open(directory.path()).unwrap_err();
+        assert!(matches!(error, Error::Foreign { .. }), "{error}");
+        assert_eq!(std::fs::read(&file).unwrap(), before);
+        std::fs::remove_file(&file).unwrap();
+    }
+}
+
+#[test]
+fn no_other_program_reads_or_holds_the_database() {
+    let (directory, store) = store();
+    let file = directory.path().join("nerve.db");
+    let other = rusqlite::Connection::open(&file).unwrap();
+    let read: rusqlite::Result<u32> =
+        other.query_row("SELECT count(*) FROM events", [], |row| row.get(0));
+    let error = read.unwrap_err();
+    assert_eq!(
+        error.sqlite_error_code(),
+        Some(rusqlite::ErrorCode::DatabaseBusy)
+    );
+    drop(store);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 use std::sync::mpsc;
 
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use super::{Error, Store};
 
@@ -13,6 +13,7 @@ type Job = Box<dyn FnOnce(&mut Store) + Send>;
 #[derive(Debug, Clone)]
 pub struct Handle {
     jobs: mpsc::Sender<Job>,
+    newest: watch::Receiver<u64>,
 }
 
 impl Handle {
@@ -22,14 +23,22 @@ impl Handle {
     /// When the system has no thread to give.
     pub fn spawn(mut store: Store) -> std::io::Result<Self> {
         let (jobs, inbox) = mpsc::channel::<Job>();
+        let (sender, newest) = watch::channel(store.head.seq);
         std::thread::Builder::new()
             .name("store".into())
             .spawn(move || {
                 for job in inbox {
                     job(&mut store);
+                    sender.send_if_modified(|seq| std::mem::replace(seq, store.head.seq) != *seq);
                 }
             })?;
-        Ok(Self { jobs })
+        Ok(Self { jobs, newest })
+    }
+
+    /// The number of the newest event, whenever there is a newer one.
+    #[must_use]
+    pub fn newest(&self) -> watch::Receiver<u64> {
+        self.newest.clone()
     }
 
     /// Has the store do something and waits for what comes of it.
@@ -52,5 +61,29 @@ impl Handle {
             .send(job)
             .expect("the store's thread lives as long as its handles");
         answer.await.expect("the store's thread answers every job")
+    }
+
+    /// The same from a thread that may wait: what takes long is made of many short jobs, so that the runs need not wait
+    /// for it.
+    ///
+    /// # Errors
+    /// What the job says.
+    ///
+    /// # Panics
+    /// As [`Handle::call`], and in an asynchronous task.
+    pub fn call_and_wait<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut Store) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let (reply, answer) = oneshot::channel();
+        let job: Job = Box::new(move |store| {
+            let _ = reply.send(job(store));
+        });
+        self.jobs
+            .send(job)
+            .expect("the store's thread lives as long as its handles");
+        answer
+            .blocking_recv()
+            .expect("the store's thread answers every job")
     }
 }

@@ -6,9 +6,14 @@
 //! | `runs_per_second` | 2,000 runs of `/bin/true`, warm worker, 8 `StartRun` in flight, until all are terminal and durable | 8 threads of posix_spawn and waitpid |
 //! | `start_to_exec_ms` | from sending `StartRun` to the role's first act, warm worker, p50 of 500 | the same program by posix_spawn |
 //! | `nerved_idle_kib` | VmHWM of nerved 5 s after its start with an empty store | VmHWM of this machine's dbus-daemon |
+//! | `transitions_per_second` | 64 callers of the manager, who each take runs to the queue and to their end, each answered when durable | 64 callers of the predecessor's store |
+//! | `thread_100_us` | the newest 100 rounds of 1,000, 1 KiB each, p50 | the same of the predecessor's store |
+//! | `page_of_million_us` | the newest 50 runs of a workflow out of 1,000,000 runs of ten, p50 | the same of the predecessor's store |
 
 #![expect(clippy::print_stdout, reason = "a benchmark prints")]
 #![expect(clippy::unwrap_used, reason = "a benchmark that cannot go on stops")]
+
+mod store;
 
 use std::collections::HashSet;
 use std::error::Error;
@@ -45,16 +50,25 @@ fn main() -> Outcome<()> {
         println!("{}", monotonic_ns());
         return Ok(());
     }
-    if std::env::var_os("NERVE_BENCH").is_none() {
+    // What the store costs can be measured anywhere.
+    let is_store_alone = std::env::args().nth(1).as_deref() == Some("store");
+    if !is_store_alone && std::env::var_os("NERVE_BENCH").is_none() {
         println!("run it with `make bench`: it needs a machine with nerve in it");
         return Ok(());
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let figures = runtime.block_on(measure())?;
+    let figures = runtime.block_on(async {
+        let mut figures = Vec::new();
+        if !is_store_alone {
+            figures = measure().await?;
+        }
+        figures.extend(store::measure().await?);
+        Outcome::Ok(figures)
+    })?;
     println!(
-        "{:<18} {:>12} {:<6} {:>12} {:>7}  note",
+        "{:<23} {:>12} {:<6} {:>12} {:>7}  note",
         "name", "value", "unit", "floor", "ratio"
     );
     for figure in &figures {
@@ -66,7 +80,7 @@ fn main() -> Outcome<()> {
             note,
         } = figure;
         println!(
-            "{name:<18} {value:>12.3} {unit:<6} {floor:>12.3} {:>7.3}  {note}",
+            "{name:<23} {value:>12.3} {unit:<6} {floor:>12.3} {:>7.3}  {note}",
             value / floor
         );
     }
@@ -223,7 +237,7 @@ async fn start_to_exec(manager: &ManagerProxy<'static>) -> Outcome<Figure> {
                 &run,
                 ThreadOptions {
                     limit: Some(1),
-                    before: None,
+                    ..ThreadOptions::default()
                 },
             )
             .await?;

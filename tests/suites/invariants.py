@@ -15,13 +15,17 @@ import collections
 import contextlib
 import dataclasses
 import glob
+import hashlib
 import json
 import os
 import pathlib
 import re
 import sqlite3
+import struct
 import subprocess
 import sys
+
+import livedb
 
 LETTERS = {
     "I1": "every acknowledged start exists; one key is one run",
@@ -41,7 +45,7 @@ LETTERS = {
 STATE = pathlib.Path("/var/lib/nerve")
 WORKERS = pathlib.Path("/sys/fs/cgroup/nerve.slice/nerve-wf.slice")
 WORKER_STATE = "/var/lib/nerve-wf/*"
-SCHEMA = 2
+SCHEMA = 3
 
 # For the script of a role: DEED.format(file=…, what="begin") appends what it does, in one write.
 DEED = "echo $NERVE_RUN_ID $NERVE_ROUND $NERVE_ATTEMPT {what} >>{file}"
@@ -54,11 +58,11 @@ TABLE = {
                      "template-error", "no-route:"], ("failed", 1)),
     "max-rounds": ("failed", 2),
     "timeout": ("failed", 124),
-    "drained": ("interrupted", 130),
+    **dict.fromkeys(["drained", "imported"], ("interrupted", 130)),
     "killed": ("killed", 137),
     "aborted": ("aborted", 143),
     **dict.fromkeys(["queue-full", "blocked", "removed"], ("dropped", 75)),
-    **dict.fromkeys(["worker-died", "worker-exit:", "start-limit-hit", "unit-refused"], ("crashed", 255)),
+    **dict.fromkeys(["worker-died", "worker-exit:", "start-limit-hit", "unit-refused", "thread-damaged"], ("crashed", 255)),
 }
 # So many deaths of a worker are remembered.
 REMEMBERED_DEATHS = 100
@@ -142,14 +146,37 @@ class Event:
     at: int
 
 
+def chained(before, row):
+    """The hash of an event that follows the one with this hash."""
+    sha = hashlib.sha256(before + struct.pack(">QQ", row["seq"], row["at"]))
+    for text in (row["source"], row["type"], row["ref"], row["payload"], row["blob"] or ""):
+        data = text.encode()
+        sha.update(struct.pack(">Q", len(data)) + data)
+    return sha.digest()
+
+
+class History:
+    """Writes events into a database that nobody has open, chained as nerved would."""
+
+    def __init__(self, connection):
+        self.connection = connection
+        newest = connection.execute("SELECT seq, hash FROM events ORDER BY seq DESC LIMIT 1").fetchone()
+        self.seq, self.hash = newest or (0, bytes(32))
+
+    def append(self, kind, subject, payload, at, source="workflow"):
+        self.seq += 1
+        row = {"seq": self.seq, "source": source, "type": kind, "ref": subject, "payload": payload, "blob": None, "at": at}
+        self.hash = chained(self.hash, row)
+        self.connection.execute("INSERT INTO events (seq, source, type, ref, payload, blob, at, hash) "
+                                "VALUES (:seq, :source, :type, :ref, :payload, :blob, :at, :hash)",
+                                {**row, "hash": self.hash})
+
+
 class Database:
     """All that the database holds, of one moment."""
 
     def __init__(self, path):
-        uri = f"file:{pathlib.Path(path)}?mode=ro"
-        with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=10)) as connection:
-            connection.row_factory = sqlite3.Row
-            connection.execute("BEGIN")
+        with livedb.connect(path) as connection:
 
             def rows(query):
                 return [dict(row) for row in connection.execute(query)]
@@ -162,8 +189,15 @@ class Database:
             self.workers = {row["workflow"]: json.loads(row["record"]) for row in rows("SELECT * FROM workers")}
             self.manager = {row["name"]: json.loads(row["value"]) for row in rows("SELECT * FROM manager")}
             self.definitions = {row["digest"] for row in rows("SELECT digest FROM definitions")}
+            self.workflows = {row["name"]: row["definition"] for row in rows("SELECT * FROM workflows")}
             self.by_subject = collections.defaultdict(list)
+            self.unchained = []
+            before = {"seq": 0, "hash": bytes(32)}
             for row in rows("SELECT * FROM events ORDER BY seq"):
+                # What is before a gap is in the archive.
+                if row["seq"] == before["seq"] + 1 and row["hash"] != chained(before["hash"], row):
+                    self.unchained.append(row["seq"])
+                before = row
                 event = Event(row["seq"], row["type"], row["ref"], json.loads(row["payload"]), row["at"])
                 self.by_subject[(row["source"], row["ref"])].append(event)
 
@@ -380,7 +414,7 @@ def worker_units():
 
 def left_files(units):
     """Files that are needed only while something is going on, and unit files of units that are not there."""
-    kept = {"nerve.db", "nerve.db-wal", "nerve.db-shm", "lock", "blobs"}
+    kept = {"nerve.db", "nerve.db-wal", "lock", "blobs", "archive"}
     left = [str(path) for path in STATE.iterdir() if path.name not in kept]
     for directory in ("runs", "threads"):
         left += glob.glob(f"{WORKER_STATE}/{directory}/*")
@@ -426,6 +460,8 @@ class Check:
             self.fault("I10", f"foreign_key_check: {row}")
         if self.database.version != SCHEMA:
             self.fault("I10", f"schema version {self.database.version}, and this checker knows {SCHEMA}")
+        if self.database.unchained:
+            self.fault("I10", f"events {self.database.unchained[:5]} do not follow from those before them")
         for trigger in {"runs_end_once", "events_keep_what_was_said"} - self.database.triggers:
             self.fault("I2", f"trigger {trigger} is gone")
 
@@ -446,6 +482,10 @@ class Check:
                     self.fault("I10", f"workflow {workflow}: {key} is {stored.get(key)}, its events say {value}")
         for workflow in self.database.workers.keys() - self.database.of_workflows().keys():
             self.fault("I10", f"workflow {workflow} has a worker's record and no events")
+        for workflow, definition in self.database.workflows.items():
+            last = (self.database.by_subject.get(("system", workflow)) or [None])[-1]
+            if last is None or last.payload.get("definition") != definition:
+                self.fault("I10", f"workflow {workflow} has definition {definition}, its last event says {last}")
         last = (self.database.by_subject.get(("system", "nerve")) or [None])[-1]
         if (last is not None and last.kind == "paused") != ("pause" in self.database.manager):
             self.fault("I10", f"pause is {self.database.manager.get('pause')}, the last event {last and last.kind}")

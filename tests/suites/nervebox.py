@@ -30,6 +30,8 @@ import tempfile
 import time
 import unittest
 
+import livedb
+
 WORKFLOWS = pathlib.Path("/etc/nerve/workflows")
 SETTINGS = pathlib.Path("/etc/nerve/nerve.yaml")
 UNITS = pathlib.Path("/run/systemd/system")
@@ -374,9 +376,8 @@ def events(run):
 
 @contextlib.contextmanager
 def database():
-    """The database, read-only, as a sqlite3 connection with rows that have names."""
-    with contextlib.closing(sqlite3.connect(f"file:{DATABASE}?mode=ro", uri=True, timeout=10)) as connection:
-        connection.row_factory = sqlite3.Row
+    """The database as it is, as a sqlite3 connection with rows that have names."""
+    with livedb.connect(DATABASE) as connection:
         yield connection
 
 
@@ -441,7 +442,9 @@ def overview():
         if isinstance(value, dict):
             return plain(value["data"]) if set(value) == {"type", "data"} else {key: plain(one) for key, one in value.items()}
         return [plain(one) for one in value] if isinstance(value, list) else value
-    text = sh("busctl", "--json=short", "call", "org.nerve1", "/org/nerve1", "org.nerve1.Manager", "GetStatus").stdout
+    # A nerved that has just begun answers on its own socket first.
+    call = ["busctl", "--json=short", "call", "org.nerve1", "/org/nerve1", "org.nerve1.Manager", "GetStatus"]
+    text = wait_for(lambda: (done := sh(*call, check=False)).returncode == 0 and done.stdout, "nerve on the bus")
     return plain(json.loads(text))[0]
 
 

@@ -357,7 +357,7 @@ class Cli(nervebox.Case):
         self.assertIn("(broken)", next(line for line in text.splitlines() if line.startswith("broken-one ")))
         answer = json.loads(ctl("status", "-o", "json").stdout)
         self.assertEqual(len(answer), 1)
-        self.assertEqual(list(answer[0]), ["version", "startedAt", "running", "queued", "maxActive", "paused", "workflows"])
+        self.assertEqual(list(answer[0]), ["version", "startedAt", "running", "queued", "maxActive", "paused", "diskFull", "workflows"])
         self.assertEqual((answer[0]["running"], answer[0]["paused"]), (1, None))
         found = next(workflow for workflow in answer[0]["workflows"] if workflow["name"] == "sleep-long")
         self.assertEqual((found["worker"], found["running"], found["concurrency"], found["overflow"], found["onFull"]),
@@ -371,14 +371,14 @@ class Cli(nervebox.Case):
         with subprocess.Popen(["nervectl", "workflow", "kill", run]) as kill:
             self.assertEqual(kill.wait(20), 0)
         by = next(event for event in nervebox.run_json(run)["events"] if event["type"] == "kill-requested")["payload"]["by"]
-        self.assertEqual(by, {"uid": 0, "pid": kill.pid, "comm": "nervectl"})
+        self.assertEqual(by, {"uid": 0, "pid": kill.pid, "comm": "nervectl", "unit": "init.scope"})
         self.assertIn(f"by uid 0 (nervectl, pid {kill.pid}), grace 5s", ctl("workflow", "show", run).stdout)
         # And over the bus.
         run = nervebox.start("sleep-long")
         with subprocess.Popen(["nervectl", "workflow", "kill", run], env=ON_THE_BUS) as kill:
             self.assertEqual(kill.wait(20), 0)
         by = next(event for event in nervebox.run_json(run)["events"] if event["type"] == "kill-requested")["payload"]["by"]
-        self.assertEqual(by, {"uid": 0, "pid": kill.pid, "comm": "nervectl"})
+        self.assertEqual(by, {"uid": 0, "pid": kill.pid, "comm": "nervectl", "unit": "init.scope"})
 
     def test_a_key_that_is_none(self):
         for key in ("", "x" * 129, "a\nb", "\x7f"):
@@ -397,7 +397,7 @@ class Cli(nervebox.Case):
                      ["workflow", "list", "-n", "0"], ["workflow", "list", "-n", "-1"], ["workflow", "list", "-o", "xml"],
                      ["workflow", "show"], ["workflow", "show", "1", "2"], ["workflow", "kill"],
                      ["workflow", "kill", "1", "--grace", "soon"], ["workflow", "kill", "1", "--grace", "2h"],
-                     ["thread"], ["thread", "1", "-n", "0"], ["logs"], ["status", "x"], ["workflow", "list", "--all"],
+                     ["thread"], ["thread", "1", "-n", "-1"], ["logs"], ["status", "x"], ["workflow", "list", "--all"],
                      ["workflow", "start", "a", "--key"], ["workflow", "abort"], ["workflow", "abort", "1", "2"],
                      ["workflow", "drain"], ["workflow", "drain", "a", "--timeout", "soon"], ["workflow", "reset"],
                      ["pause", "x"], ["resume", "x"], ["reload", "x"], ["status", "-o", "table"]):

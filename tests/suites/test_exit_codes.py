@@ -407,7 +407,7 @@ class Rounds(Case):
         trigger = begin["meta"].pop("trigger")
         self.assertEqual(begin["meta"], {"runId": run, "maxRounds": 50, "dryRun": False})
         self.assertGreater(trigger.pop("pid"), 1)
-        self.assertEqual(trigger, {"type": "client", "uid": 0, "comm": "nervectl"})
+        self.assertEqual(trigger, {"type": "client", "uid": 0, "comm": "nervectl", "unit": "init.scope"})
         self.assertEqual(begin["timestamp"], row(run)["createdAt"])
 
     def test_thread_n_counts_rounds(self):

@@ -16,6 +16,7 @@ import threading
 import unittest
 
 import dbuswire
+import invariants
 import nervebox
 from nervebox import ctl, sh, systemctl, wait_for
 
@@ -699,11 +700,10 @@ class Replies(Lives):
                 connection.execute(f"DROP TRIGGER {name}")
                 connection.execute("UPDATE workflow_runs SET rounds = ? WHERE run = ?", [rounds, run])
                 connection.execute(keeps)
+                history = invariants.History(connection)
                 for number in range(2, rounds + 1):
                     event["round"] = number
-                    connection.execute(
-                        "INSERT INTO events (source, type, ref, payload, at) SELECT source, type, ref, ?, at FROM events "
-                        "WHERE ref = ? AND payload LIKE '%\"message\"%' LIMIT 1", [json.dumps(event), run])
+                    history.append("thread-workflow-message", run, json.dumps(event), at)
         finally:
             systemctl("start", "nerve.service")
         self.nerved = nervebox.nerved_pid()

@@ -18,6 +18,7 @@ SHIPPED = {  # what an installation has at least
     "bin/nervectl": 0o755, "libexec/nerve/nerved": 0o755, "libexec/nerve/nerve-worker": 0o755,
     "lib/systemd/system/nerve.service": 0o644, "lib/systemd/system/nerve.socket": 0o644,
     "lib/systemd/system/nerve.target": 0o644, "lib/systemd/system/nerve-wf.slice": 0o644,
+    "lib/systemd/system/nerve-archive.timer": 0o644, "lib/systemd/system/nerve-archive.service": 0o644,
     "lib/systemd/system/nerve-wf@.service.d/10-nerve.conf": 0o644,
     "share/dbus-1/system.d/org.nerve1.conf": 0o644, "lib/sysusers.d/nerve.conf": 0o644,
     "share/man/man1/nervectl.1": 0o644, "share/man/man5/nerve-workflow.5": 0o644,

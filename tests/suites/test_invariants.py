@@ -33,6 +33,11 @@ def migrations():
     return re.findall(r'"((?:[^"\\]|\\.)*)"', re.sub(r"^\s*//.*$", "", text, flags=re.MULTILINE))
 
 
+def version():
+    """Its number."""
+    return int(re.search(r"const VERSION: u32 = (\d+);", SCHEMA.read_text())[1])
+
+
 def queued(workflow="fix-test", **more):
     return "queued", {"workflow": workflow, "prompt": "do it", "maxRounds": None, "dryRun": False,
                       "trigger": {"type": "client", "uid": 0}, **more}
@@ -99,7 +104,7 @@ class Sound(unittest.TestCase):
         self.database.execute("PRAGMA synchronous = OFF")
         for migration in migrations():
             self.database.executescript(migration)
-        self.database.execute(f"PRAGMA user_version = {len(migrations())}")
+        self.database.execute(f"PRAGMA user_version = {version()}")
         self.database.execute("INSERT INTO definitions VALUES ('d1', x'00')")
         self.triggers = self.database.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'").fetchall()
         self.told = invariants.Told(pathlib.Path(directory.name, "told"))
@@ -115,6 +120,9 @@ class Sound(unittest.TestCase):
             {"deaths": [["i1", {"bootId": "b", "bootUs": 9}]], "blocked": None, "stopped": None, "draining": None}))
         self.append("nerve", "paused", {"reason": "lunch", "by": BY}, source="system")
         self.append("nerve", "resumed", {"by": BY}, source="system")
+        self.append("fix-test", "defined", {"definition": "d1"}, source="system")
+        self.sql("INSERT INTO workflows VALUES ('fix-test', 'd1')")
+        self.chain()
 
     def add_row(self, run, life, **columns):
         kinds = [kind for kind, _ in life]
@@ -128,8 +136,15 @@ class Sound(unittest.TestCase):
                  *columns.values())
 
     def append(self, subject, kind, payload, source="workflow"):
-        self.sql("INSERT INTO events (source, type, ref, payload, at) VALUES (?, ?, ?, ?, 1)", source, kind, subject,
-                 json.dumps({"type": kind, **payload}))
+        self.sql("INSERT INTO events (source, type, ref, payload, at, hash) VALUES (?, ?, ?, ?, 1, x'')", source, kind,
+                 subject, json.dumps({"type": kind, **payload}))
+
+    def chain(self):
+        before = bytes(32)
+        for row in self.database.execute("SELECT seq, source, type, ref, payload, blob, at FROM events ORDER BY seq").fetchall():
+            row = dict(zip(("seq", "source", "type", "ref", "payload", "blob", "at"), row))
+            before = invariants.chained(before, row)
+            self.sql("UPDATE events SET hash = ? WHERE seq = ?", before, row["seq"])
 
     def sql(self, statement, *values):
         """Changes the database, triggers or not."""
@@ -155,7 +170,7 @@ class Sound(unittest.TestCase):
         for seq in seqs:
             if seq >= end:
                 self.sql("UPDATE events SET seq = ? WHERE seq = ?", seq + 1, seq)
-        self.sql("INSERT INTO events VALUES (?, 'workflow', ?, ?, ?, 1)", end, kind, run,
+        self.sql("INSERT INTO events VALUES (?, 'workflow', ?, ?, ?, NULL, 1, x'')", end, kind, run,
                  json.dumps({"type": kind, **payload}))
 
     def set(self, run, **columns):
@@ -197,6 +212,7 @@ class Sound(unittest.TestCase):
         self.told.kill_accepted(UNKNOWN)
         self.machine.cgroups[UNKNOWN] = True
         self.machine.strays[8] = UNKNOWN
+        self.chain()
         self.assertEqual(self.broken(at_rest=False), [])
         self.finds("I9", UNKNOWN)
         self.finds("I12", UNKNOWN)
@@ -368,6 +384,7 @@ class Faults(Sound):
         for event in life:
             self.append(run, *event)
         self.add_row(run, life, status="failed", exit_code=1, result="exec-failed")
+        self.chain()
         self.assertEqual(self.broken(), [])
         # The one that was queued first is started last.
         self.sql("UPDATE events SET seq = seq + 1000 WHERE ref = ? AND type <> 'queued'", FINISHED)
@@ -426,6 +443,15 @@ class Faults(Sound):
     def test_the_pause_was_forgotten(self):
         self.append("nerve", "paused", {"reason": None, "by": BY}, source="system")
         self.finds("I10", "pause")
+
+    def test_history_was_changed(self):
+        self.change_event(FINISHED, "queued", prompt="do something else")
+        self.finds("I10", "do not follow")
+
+    def test_another_definition_is_in_force(self):
+        self.sql("INSERT INTO definitions VALUES ('d2', x'01')")
+        self.sql("UPDATE workflows SET definition = 'd2'")
+        self.finds("I10", "definition d2")
 
     def test_the_schema_is_unknown(self):
         self.database.execute("PRAGMA user_version = 77")

@@ -90,10 +90,11 @@ class Restart(Case):
         runs = [f"{first + number:032x}" for number in range(1, count + 1)]
         database = sqlite3.connect(DATABASE, isolation_level=None)
         database.execute("BEGIN")
-        database.executemany(
-            "INSERT INTO events (source, type, ref, payload, at) "
-            "SELECT source, type, ?1, payload, at FROM events WHERE ref = ?2 AND type = 'queued'",
-            [(run, like) for run in runs])
+        payload, at = database.execute(
+            "SELECT payload, at FROM events WHERE ref = ? AND type = 'queued'", [like]).fetchone()
+        history = invariants.History(database)
+        for run in runs:
+            history.append("queued", run, payload, at)
         columns = [row[1] for row in database.execute("PRAGMA table_info(workflow_runs)")
                    if row[1] not in ("seq", "run", "tail")]
         names = ", ".join(columns)

@@ -252,7 +252,8 @@ class Nerve(StopCase):
         workflow = "be-killed"
         first, second = self.busy(workflow)
         # With nobody there to see the workers go. Whatever is made of that, it is no stop that somebody has to lift.
-        nervebox.sh("sh", "-c", "systemctl stop --no-block nerve.target; systemctl kill -s KILL nerve.service")
+        nervebox.sh("sh", "-c", "systemctl kill -s STOP nerve.service; systemctl stop --no-block nerve.target; "
+                    "systemctl kill -s KILL nerve.service")
         # What was killed on its way down has failed, if it was not faster.
         wait_for(lambda: set(systemctl("is-active", "nerve.service", "nerve-wf.slice", check=False).stdout.split())
                  <= {"failed", "inactive"}, "all to be stopped")

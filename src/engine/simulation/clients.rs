@@ -13,6 +13,7 @@ pub(super) fn caller() -> Caller {
         uid: 0,
         pid: None,
         comm: None,
+        unit: None,
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::random::Random;
 use crate::model::message::Message;
 use crate::model::name::WorkflowName;
+use crate::model::retention::Retention;
 use crate::model::status::RunResult;
 use crate::model::workflow::{
     Definition, Graph, OnFull, Overflow, Role, Target, WorkerSettings, Workflow,
@@ -64,6 +65,7 @@ pub(super) fn any(workflow: usize, number: u32, random: &mut Random) -> Arc<Defi
             max_queue: random.pick(&[0, 1, 2, 3, 9]),
             on_full: random.pick(&[OnFull::Evict, OnFull::Evict, OnFull::Refuse]),
             timeout: random.pick(&[None, second(30)]),
+            retention: Retention::default(),
             roles: ["a", "b"]
                 .map(|name| (name.parse().unwrap(), role.clone()))
                 .into(),

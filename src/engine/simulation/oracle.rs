@@ -166,7 +166,7 @@ impl Ledger {
     /// Whether some event of this kind is legal in this status.
     pub(super) fn could_allow(&self, event: &RunEvent) -> bool {
         match event {
-            RunEvent::Queued(_) => false,
+            RunEvent::Queued(_) | RunEvent::Imported(_) => false,
             RunEvent::Started { .. } => self.phase == Phase::Queued,
             RunEvent::Dispatched { .. }
             | RunEvent::ThreadWorkflowMessage { .. }
@@ -274,7 +274,7 @@ pub(super) fn row(result: &RunResult) -> (Status, u8) {
         "killed" => (Status::Killed, 137),
         "aborted" => (Status::Aborted, 143),
         "queue-full" | "blocked" | "removed" => (Status::Dropped, 75),
-        "worker-died" | "worker-exit" | "start-limit-hit" | "unit-refused" => {
+        "worker-died" | "worker-exit" | "start-limit-hit" | "unit-refused" | "thread-damaged" => {
             (Status::Crashed, 255)
         }
         _ => panic!("I3: {text:?} is no result"),
@@ -688,7 +688,7 @@ impl Oracle {
                 desk.queue.remove(&run.order);
                 desk.started.remove(&id);
             }
-            RunEvent::Queued(_) => {}
+            RunEvent::Queued(_) | RunEvent::Imported(_) => {}
         }
     }
 

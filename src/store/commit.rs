@@ -1,0 +1,192 @@
+//! A turn of the manager becomes durable: its events, chained, and what they add up to, in one transaction.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+use rusqlite::{Transaction, params};
+
+use super::blob::Blobs;
+use super::log::{AUDIT, Entry, Head, SYSTEM, WORKFLOW};
+use super::moments::Moments;
+use super::{Error, Store, sql};
+use crate::engine::{Event, Staged, Turn};
+use crate::model::audit::Audit;
+use crate::model::limits;
+use crate::model::run::{Accepted, Run, RunEvent};
+
+impl Store {
+    /// Makes one turn durable, with who asked for what in it.
+    ///
+    /// # Errors
+    /// When it may or may not be stored: the caller must treat the outcome as unknown, except for
+    /// [`Error::is_full`].
+    pub fn commit(&mut self, turn: &Turn, audits: &[Audit]) -> Result<(), Error> {
+        let blobs = self.blobs.clone();
+        self.write(|transaction, head| {
+            let mut changed: BTreeMap<_, _> = turn.runs.iter().collect();
+            for staged in &turn.events {
+                append(transaction, head, &blobs, staged)?;
+                if let Event::Run(id, RunEvent::Queued(accepted)) = &staged.event {
+                    // In the order of acceptance, and at once as it is when the turn is over.
+                    match changed.remove(id) {
+                        Some(run) => insert(transaction, run, accepted)?,
+                        None => insert(
+                            transaction,
+                            &Run::accept(*id, staged.at, accepted),
+                            accepted,
+                        )?,
+                    }
+                }
+            }
+            for audit in audits {
+                let entry = Entry {
+                    source: AUDIT,
+                    event_type: audit.verb.as_str(),
+                    reference: &audit.subject,
+                    payload: &json(audit)?,
+                    blob: None,
+                    at: audit.at,
+                };
+                head.append(transaction, &entry)?;
+            }
+            for run in changed.into_values() {
+                update(transaction, run)?;
+            }
+            for (workflow, record) in &turn.workers {
+                transaction
+                    .prepare_cached(
+                        "INSERT INTO workers (workflow, record) VALUES (?1, ?2)
+                     ON CONFLICT (workflow) DO UPDATE SET record = ?2",
+                    )?
+                    .execute(params![workflow.as_str(), json(record)?])?;
+            }
+            match &turn.pause {
+                Some(Some(pause)) => {
+                    transaction.execute(
+                        "INSERT INTO manager (name, value) VALUES ('pause', ?1)
+                     ON CONFLICT (name) DO UPDATE SET value = ?1",
+                        [json(pause)?],
+                    )?;
+                }
+                Some(None) => {
+                    transaction.execute("DELETE FROM manager WHERE name = 'pause'", [])?;
+                }
+                None => {}
+            }
+            Moments::of(turn).before_commit();
+            Ok(())
+        })
+    }
+}
+
+pub(super) fn json(value: &impl serde::Serialize) -> Result<String, Error> {
+    serde_json::to_string(value).map_err(|source| Error::Event { seq: 0, source })
+}
+
+fn append(
+    transaction: &Transaction<'_>,
+    head: &mut Head,
+    blobs: &Blobs,
+    staged: &Staged,
+) -> Result<(), Error> {
+    let mut blob = None;
+    let (source, event_type, reference, payload) = match &staged.event {
+        Event::Run(run, event) => {
+            let (short, long) = without_long_text(event);
+            if let Some(text) = long {
+                blob = Some(blobs.put(text.as_bytes())?.0);
+            }
+            (
+                WORKFLOW,
+                event.name(),
+                Cow::from(run.to_string()),
+                json(&*short)?,
+            )
+        }
+        Event::Worker(name, event) => (
+            WORKFLOW,
+            event.name(),
+            Cow::from(name.as_str()),
+            json(event)?,
+        ),
+        Event::Manager(event) => (SYSTEM, event.name(), Cow::from("nerve"), json(event)?),
+    };
+    let entry = Entry {
+        source,
+        event_type,
+        reference: &reference,
+        payload: &payload,
+        blob: blob.as_ref().map(super::Digest::as_str),
+        at: staged.at,
+    };
+    head.append(transaction, &entry)
+}
+
+/// The event as its payload has it, and the text that is left out of that for its length.
+pub(super) fn without_long_text(event: &RunEvent) -> (Cow<'_, RunEvent>, Option<String>) {
+    let is_long = event
+        .text()
+        .is_some_and(|text| text.len() > limits::INLINE_BYTES);
+    if !is_long {
+        return (Cow::Borrowed(event), None);
+    }
+    let mut short = event.clone();
+    let text = short.text_mut().map(std::mem::take);
+    (Cow::Owned(short), text)
+}
+
+/// The row of a run that is new.
+fn insert(transaction: &Transaction<'_>, run: &Run, accepted: &Accepted) -> Result<(), Error> {
+    let id = run.id.to_string();
+    let mut insert = transaction.prepare_cached(
+        "INSERT INTO workflow_runs (run, status, killing, aborting, exit_code, result, reason, rounds, max_rounds, definition,
+             started_at, ended_at, tail, workflow, dry_run, trigger, key, created_at)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18)",
+    )?;
+    let (started, ended) = (run.started(), run.ended());
+    insert.execute(params![
+        id,
+        run.status().as_str(),
+        run.is_killing(),
+        run.is_aborting(),
+        ended.map(|(result, _)| result.end().1),
+        ended.map(|(result, _)| result.to_string()),
+        run.reason(),
+        run.position().rounds,
+        run.max_rounds,
+        started.map(|started| &started.definition),
+        started.map(|started| sql(started.at)),
+        ended.map(|(_, at)| sql(at)),
+        id.chars().rev().collect::<String>(),
+        accepted.workflow.as_str(),
+        accepted.dry_run,
+        accepted.trigger.to_string(),
+        accepted.key,
+        sql(run.created_at),
+    ])?;
+    Ok(())
+}
+
+fn update(transaction: &Transaction<'_>, run: &Run) -> Result<(), Error> {
+    let mut update = transaction.prepare_cached(
+        "UPDATE workflow_runs SET status = ?2, killing = ?3, aborting = ?4, exit_code = ?5, result = ?6,
+             reason = ?7, rounds = ?8, max_rounds = ?9, definition = ?10, started_at = ?11, ended_at = ?12
+         WHERE run = ?1",
+    )?;
+    let (started, ended) = (run.started(), run.ended());
+    update.execute(params![
+        run.id.to_string(),
+        run.status().as_str(),
+        run.is_killing(),
+        run.is_aborting(),
+        ended.map(|(result, _)| result.end().1),
+        ended.map(|(result, _)| result.to_string()),
+        run.reason(),
+        run.position().rounds,
+        run.max_rounds,
+        started.map(|started| &started.definition),
+        started.map(|started| sql(started.at)),
+        ended.map(|(_, at)| sql(at)),
+    ])?;
+    Ok(())
+}
