@@ -79,7 +79,17 @@ pub(super) fn database(directory: &Path, lock: &File) -> Result<Connection, Erro
             return Err(Error::Missing(path, state, directory.join("lock")));
         }
         Some(_) => {}
-        None => examine(&path)?,
+        None if examine(&path)? => {}
+        // The power failed while the very first one was made, and only its beginning is missing.
+        None if lock.metadata().map_err(failed)?.len() == 0 => {
+            fs::remove_file(&path).map_err(failed)?;
+        }
+        None => {
+            return Err(Error::Foreign {
+                path,
+                found: "no SQLite database",
+            });
+        }
     }
     let since = Instant::now();
     loop {
@@ -99,9 +109,9 @@ pub(super) fn database(directory: &Path, lock: &File) -> Result<Connection, Erro
     }
 }
 
-/// Whether the file is SQLite's, and of an application that can be nerve. Nothing has the file open yet, so that closing
-/// it drops no lock.
-fn examine(path: &Path) -> Result<(), Error> {
+/// Whether there is a beginning; it has to be SQLite's, and of an application that can be nerve. Nothing has the file open
+/// yet, so that closing it drops no lock.
+fn examine(path: &Path) -> Result<bool, Error> {
     let failed = |source| Error::File {
         path: path.to_owned(),
         source,
@@ -120,6 +130,9 @@ fn examine(path: &Path) -> Result<(), Error> {
         }
         read => read.map_err(failed)?,
     }
+    if header == [0; 100] {
+        return Ok(false);
+    }
     // https://www.sqlite.org/fileformat2.html, "The Database Header"
     if !header.starts_with(b"SQLite format 3\0") {
         return foreign("no SQLite database");
@@ -128,7 +141,7 @@ fn examine(path: &Path) -> Result<(), Error> {
         .iter()
         .fold(0, |number, byte| number << 8 | i32::from(*byte));
     if application == 0 || application == schema::APPLICATION_ID {
-        Ok(())
+        Ok(true)
     } else {
         foreign("a database of another application")
     }

@@ -379,6 +379,19 @@ fn a_database_that_was_there_is_missed_and_never_made_anew() {
 }
 
 #[test]
+fn a_first_start_that_was_cut_off_is_made_good_and_a_beginning_that_was_wiped_is_not() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("nerve.db");
+    let torn = [vec![0; 512], vec![7; 3_584]].concat();
+    std::fs::write(&file, &torn).unwrap();
+    drop(Store::open(directory.path()).unwrap());
+    std::fs::write(&file, &torn).unwrap();
+    let error = Store::open(directory.path()).unwrap_err();
+    assert!(matches!(error, Error::Foreign { .. }), "{error}");
+    assert_eq!(std::fs::read(&file).unwrap(), torn);
+}
+
+#[test]
 fn a_foreign_database_is_refused_untouched() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("nerve.db");
