@@ -220,3 +220,58 @@ fn chain(transaction: &Transaction<'_>) -> Result<(), Error> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Begin, EventFilter, Store, check};
+    use super::*;
+
+    /// A run of a schema before the chain, as the nerve of that schema wrote it.
+    const RUN: &str = r#"
+        INSERT INTO definitions VALUES ('d1', x'00');
+        INSERT INTO workflows VALUES ('a', 'd1');
+        INSERT INTO events (source, type, ref, payload, at) VALUES
+            ('workflow', 'queued', '01930000000070008000000000000001',
+                '{"type":"queued","workflow":"a","prompt":"p","maxRounds":null,"dryRun":false,"trigger":{"type":"client","uid":0}}', 5),
+            ('workflow', 'ended', '01930000000070008000000000000001', '{"type":"ended","result":"queue-full","detail":"full"}', 6);
+        INSERT INTO workflow_runs (run, tail, workflow, status, killing, exit_code, result, rounds, dry_run, trigger, created_at, ended_at)
+            VALUES ('01930000000070008000000000000001', '10000000000000080007000000003910', 'a', 'dropped', 0, 75, 'queue-full', 0, 0,
+                '{"type":"client","uid":0}', 5, 6);"#;
+
+    #[test]
+    fn a_database_of_each_schema_opens_and_is_sound() {
+        for version in 1..VERSION {
+            let directory = tempfile::tempdir().unwrap();
+            let old = Connection::open(directory.path().join("nerve.db")).unwrap();
+            for step in MIGRATIONS[..version as usize].iter().copied().flatten() {
+                let Step::Sql(statements) = step else {
+                    panic!("schema {version} has steps of its own");
+                };
+                old.execute_batch(statements).unwrap();
+            }
+            old.execute_batch(RUN).unwrap();
+            old.pragma_update(None, "user_version", version).unwrap();
+            drop(old);
+            let store = Store::open(directory.path()).unwrap();
+            let all = store.list_events(&EventFilter::default(), Begin::After(0), 9);
+            let events = all.unwrap().events;
+            let types: Vec<_> = events.iter().map(|event| &*event.event_type).collect();
+            assert_eq!(types, ["queued", "ended", "defined"], "schema {version}");
+            let head = |index: usize| {
+                if index == 0 {
+                    Head::default()
+                } else {
+                    events[index - 1].head()
+                }
+            };
+            for (index, event) in events.iter().enumerate() {
+                assert_eq!(head(index).after(&event.entry()), event.head());
+            }
+            drop(store);
+            let scratch = tempfile::tempdir().unwrap();
+            let report = check::offline::offline(directory.path(), scratch.path()).unwrap();
+            // The definition's digest is none of its bytes.
+            assert_eq!(report.faults.len(), 1, "{:?}", report.faults);
+        }
+    }
+}
