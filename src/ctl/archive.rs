@@ -89,7 +89,7 @@ fn archived(report: &ArchiveReport, dry_run: bool) -> String {
     let mut say = |number: u64, what: &str| {
         if number > 0 {
             // A write to a String cannot fail.
-            let _ = writeln!(text, "{number} {what}");
+            let _ = writeln!(text, "{what}: {number}");
         }
     };
     say(report.forgotten, "runs forgotten");
@@ -121,7 +121,7 @@ mod tests {
         };
         assert_eq!(
             archived(&report, false),
-            "DAY         EVENTS  FILE\n2026-11-20       7  /a\\u{1b}\n2 runs forgotten\n4096 bytes given back\n"
+            "DAY         EVENTS  FILE\n2026-11-20       7  /a\\u{1b}\nruns forgotten: 2\nbytes given back: 4096\n"
         );
         let nothing = archived(&ArchiveReport::default(), true);
         assert!(nothing.starts_with("No day") && nothing.ends_with("Nothing was done.\n"));

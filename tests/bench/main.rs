@@ -8,7 +8,9 @@
 //! | `nerved_idle_kib` | VmHWM of nerved 5 s after its start with an empty store | VmHWM of this machine's dbus-daemon |
 //! | `transitions_per_second` | 64 callers of the manager, who each take runs to the queue and to their end, each answered when durable | 64 callers of the predecessor's store |
 //! | `thread_100_us` | the newest 100 rounds of 1,000, 1 KiB each, p50 | the same of the predecessor's store |
-//! | `page_of_million_us` | the newest 50 runs of a workflow out of 1,000,000 runs of ten, p50 | the same of the predecessor's store |
+//! | `page_of_million_us` | the newest 50 failed runs of a workflow out of 1,000,000 runs of ten, p50 | the same of the predecessor's store |
+//! | `archive_rows_per_second` | 1,000,000 events of ten days go into files | the same of the predecessor's store |
+//! | `archive_peak_kib` | the peak memory of all of the process meanwhile | the same of the predecessor's store |
 
 #![expect(clippy::print_stdout, reason = "a benchmark prints")]
 #![expect(clippy::unwrap_used, reason = "a benchmark that cannot go on stops")]

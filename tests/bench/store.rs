@@ -16,7 +16,9 @@ use nerve::manager::hands::World;
 use nerve::manager::room::Room;
 use nerve::model::predecessor::{OldRun, Piece, Row, Survey, run_id};
 use nerve::model::run::{Accepted, KillRequest};
+use nerve::model::status::Status;
 use nerve::os::clock;
+use nerve::store::archive::{Plan, archive};
 use nerve::store::import::slices;
 use nerve::store::{self, Log, RunFilter, Store, ThreadRange};
 use serde_json::{Value, json};
@@ -43,7 +45,22 @@ pub(super) async fn measure() -> Outcome<Vec<Figure>> {
     let _ = std::fs::remove_dir_all(DIRECTORY);
     let theirs = predecessor()?;
     let their = |name: &str| theirs[name].as_f64().ok_or(format!("no {name}"));
+    let (archived, peak) = archive_million(&fresh("archive")?).await?;
     let figures = vec![
+        Figure {
+            name: "archive_rows_per_second",
+            value: archived,
+            unit: "1/s",
+            floor: their("archive_rows_per_second")?,
+            note: "1,000,000 events, beside nerve-store 0.5.0".to_owned(),
+        },
+        Figure {
+            name: "archive_peak_kib",
+            value: peak,
+            unit: "KiB",
+            floor: their("archive_peak_kib")?,
+            note: "all of the process meanwhile; goal: under 65,536".to_owned(),
+        },
         Figure {
             name: "transitions_per_second",
             value: transitions_per_second(&fresh("transitions")?).await?,
@@ -231,6 +248,7 @@ async fn page_of_million(directory: &Path) -> Outcome<f64> {
     for _ in 0..500 {
         let filter = RunFilter {
             workflow: Some("workflow-3".parse()?),
+            statuses: vec![Status::Failed],
             limit: 50,
             ..RunFilter::default()
         };
@@ -242,6 +260,38 @@ async fn page_of_million(directory: &Path) -> Outcome<f64> {
         }
     }
     Ok(median_us(times))
+}
+
+/// Moves a million events of ten days into files; events a second, and the peak memory of all of this process.
+async fn archive_million(directory: &Path) -> Outcome<(f64, f64)> {
+    let rows = (0..MILLION).map(|number| {
+        let payload = json!({"value": number, "text": "x".repeat(100)}).to_string();
+        let at = 1_700_000_000_000 + i64::from(number / (MILLION / 10)) * 86_400_000;
+        Piece::Row(Row {
+            timestamp: at,
+            ..row(i64::from(number), "sense", "observed", "disk", &payload)
+        })
+    });
+    let store = filled(directory, rows)?;
+    // The peak begins anew: proc_pid_clear_refs(5).
+    std::fs::write("/proc/self/clear_refs", "5")?;
+    let plan = Plan {
+        ended_by: 1_702_000_000_000_000,
+        max_days: None,
+        compressed: false,
+        dry_run: false,
+    };
+    let begin = Instant::now();
+    let days = tokio::task::spawn_blocking(move || archive(&store, &plan)).await??;
+    let rows: u64 = days.iter().map(|day| day.rows).sum();
+    if rows != u64::from(MILLION) {
+        return Err(format!("{rows} events archived").into());
+    }
+    let value = per_second(usize::try_from(rows)?, begin.elapsed());
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let peak = peak.and_then(|line| line.split_whitespace().next());
+    Ok((value, peak.ok_or("no VmHWM")?.parse()?))
 }
 
 /// A store with an imported history: the quickest way to a large one.
