@@ -25,7 +25,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
-use nerve::bus::client::{ListFilter, ManagerProxy, RunChangedStream, StartOptions, ThreadOptions};
+use nerve::bus::client::{
+    Addresses, Client, ListFilter, ManagerProxy, RunChangedStream, StartOptions, ThreadOptions,
+};
 use nerve::model::status::Status;
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::json;
@@ -154,11 +156,11 @@ async fn runs_per_second(manager: &ManagerProxy<'static>) -> Outcome<Figure> {
     let after = spawns_per_second();
     let filter = ListFilter {
         workflow: Some("bench-true".into()),
-        limit: Some(10_000),
         ..ListFilter::default()
     };
-    let completed = manager
-        .list_runs(filter)
+    let client = Client::connect(&Addresses::default()).await?;
+    let completed = client
+        .list(filter)
         .await?
         .iter()
         .filter(|run| run.status == "completed")

@@ -252,8 +252,8 @@ class Nerve(StopCase):
         workflow = "be-killed"
         first, second = self.busy(workflow)
         # With nobody there to see the workers go. Whatever is made of that, it is no stop that somebody has to lift.
-        nervebox.sh("sh", "-c", "systemctl kill -s STOP nerve.service; systemctl stop --no-block nerve.target; "
-                    "systemctl kill -s KILL nerve.service")
+        pid = nervebox.nerved_pid()
+        nervebox.sh("sh", "-c", f"systemctl stop --no-block nerve.target; kill -9 {pid}; true")
         # What was killed on its way down has failed, if it was not faster.
         wait_for(lambda: set(systemctl("is-active", "nerve.service", "nerve-wf.slice", check=False).stdout.split())
                  <= {"failed", "inactive"}, "all to be stopped")
