@@ -192,7 +192,7 @@ impl Part {
         let mut bytes = 0;
         self.each(id, |event| {
             let round = match &*event.event_type {
-                RunEvent::MESSAGE => read::round_of(event)?,
+                RunEvent::MESSAGE => Some(read::round_of(event)?),
                 word => (word == self.row.start_event()).then_some(0),
             };
             if let Some(round) = round.filter(|round| (oldest..before).contains(round)) {

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::blob::{Blobs, Digest};
@@ -133,8 +135,15 @@ fn event(row: &Row<'_>) -> Result<(RunEvent, u64), Error> {
     Ok((event, unsigned(row, "at")?))
 }
 
-/// The event of a run.
-fn parsed(event: &Logged) -> Result<RunEvent, Error> {
+/// A message as its event has it: read at once, and not by way of everything that an event can be.
+#[derive(Deserialize)]
+struct Said {
+    round: u32,
+    message: Message,
+}
+
+/// What an event says.
+fn parsed<T: DeserializeOwned>(event: &Logged) -> Result<T, Error> {
     let parsed = serde_json::from_str(&event.payload);
     parsed.map_err(|source| Error::Event {
         seq: super::sql(event.seq),
@@ -143,11 +152,8 @@ fn parsed(event: &Logged) -> Result<RunEvent, Error> {
 }
 
 /// The round of a message.
-pub(super) fn round_of(event: &Logged) -> Result<Option<u32>, Error> {
-    Ok(match parsed(event)? {
-        RunEvent::ThreadWorkflowMessage { round, .. } => Some(round),
-        _ => None,
-    })
+pub(super) fn round_of(event: &Logged) -> Result<u32, Error> {
+    Ok(parsed::<Said>(event)?.round)
 }
 
 /// An event without what is large and said elsewhere: the prompt, and what messages hold.
@@ -184,19 +190,25 @@ pub(super) fn rounds(
     for logged in newest_first {
         let logged = logged?;
         bytes += logged.payload.len();
-        let mut event = parsed(&logged)?;
-        if let Some(digest) = &logged.blob {
-            let text = text(blobs, digest)?;
-            bytes += text.len();
-            if let Some(place) = event.text_mut() {
+        let text = logged.blob.as_ref();
+        let text = text.map(|digest| text_of(blobs, digest)).transpose()?;
+        bytes += text.as_ref().map_or(0, String::len);
+        let (round, message) = if logged.event_type == RunEvent::MESSAGE {
+            let Said { round, mut message } = parsed(&logged)?;
+            message.content = text.unwrap_or(message.content);
+            (round, message)
+        } else {
+            let mut event = parsed::<RunEvent>(&logged)?;
+            if let Some((place, text)) = event.text_mut().zip(text) {
                 *place = text;
             }
-        }
-        let (round, message) = match event {
-            RunEvent::ThreadWorkflowMessage { round, message } => (round, message),
-            RunEvent::Queued(accepted) => (0, accepted.start_message(id, max_rounds, logged.at)),
-            RunEvent::Imported(imported) => (0, imported.start_message(id)),
-            _ => continue,
+            match event {
+                RunEvent::Queued(accepted) => {
+                    (0, accepted.start_message(id, max_rounds, logged.at))
+                }
+                RunEvent::Imported(imported) => (0, imported.start_message(id)),
+                _ => continue,
+            }
         };
         if most.is_some_and(|most| bytes > most) && !thread.is_empty() {
             break;
@@ -208,7 +220,7 @@ pub(super) fn rounds(
 }
 
 /// The text that an event has left to a blob.
-fn text(blobs: &Blobs, digest: &str) -> Result<String, Error> {
+fn text_of(blobs: &Blobs, digest: &str) -> Result<String, Error> {
     let digest =
         Digest::parse(digest).ok_or_else(|| Error::Damaged(format!("{digest:?} is no digest")))?;
     let bytes = blobs.get(&digest)?;
