@@ -14,7 +14,7 @@ use super::error::Error;
 use super::service::Manager;
 use super::storage_words::{ArchiveFile, ArchiveOptions, ArchiveReport, ArchivedDay};
 use super::upkeep::UnderWay;
-use super::words::{EventFilter, LoggedEvent, logged};
+use super::words::{EventFilter, LoggedEvent};
 use crate::model::audit::{Audit, Verb};
 use crate::model::hex::hex;
 use crate::model::limits;
@@ -70,7 +70,7 @@ impl Storage {
             .store
             .call(move |store| store.list_events(&filter, from, limit));
         let slice = read.await.map_err(unreadable)?;
-        let events = slice.events.into_iter().map(logged).collect();
+        let events = slice.events.into_iter().map(LoggedEvent::of).collect();
         Ok((events, slice.next))
     }
 

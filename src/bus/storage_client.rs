@@ -9,6 +9,7 @@ use super::error::{CallError, Error};
 pub use super::storage_words::*;
 use super::words::{EventFilter, LoggedEvent};
 use crate::model::report::Report;
+use crate::store::log::Logged;
 
 /// The interface.
 #[zbus::proxy(
@@ -104,8 +105,12 @@ impl Client {
     ///
     /// # Errors
     /// [`CallError`]
-    pub async fn events(&self, filter: EventFilter) -> Result<(Vec<LoggedEvent>, u64), CallError> {
-        Ok(self.store().await?.list_events(filter).await?)
+    pub async fn events(&self, filter: EventFilter) -> Result<(Vec<Logged>, u64), CallError> {
+        let (events, next) = self.store().await?.list_events(filter).await?;
+        let events = events.into_iter().map(LoggedEvent::event).collect();
+        let events: Option<Vec<_>> = events;
+        let misunderstood = || CallError::Misunderstood(zbus::Error::InvalidReply);
+        Ok((events.ok_or_else(misunderstood)?, next))
     }
 
     /// Has days that ended longer ago than `older_than` archived, and what else is due done. This takes its time: see

@@ -2,7 +2,7 @@
 
 use zbus::{DeserializeDict, SerializeDict, Type};
 
-use crate::model::hex::hex;
+use crate::model::hex::{hex, unhex};
 use crate::model::limits;
 use crate::store::log::Logged;
 pub use crate::store::log::{AUDIT, SOURCES};
@@ -88,18 +88,35 @@ pub struct LoggedEvent {
     pub hash: String,
 }
 
-/// An event as the bus has it.
-#[must_use]
-pub fn logged(event: Logged) -> LoggedEvent {
-    LoggedEvent {
-        seq: event.seq,
-        source: event.source,
-        kind: event.event_type,
-        reference: event.reference,
-        payload: event.payload,
-        blob: event.blob,
-        timestamp: event.at,
-        hash: hex(&event.hash),
+impl LoggedEvent {
+    /// An event as the bus has it.
+    #[must_use]
+    pub fn of(event: Logged) -> Self {
+        Self {
+            seq: event.seq,
+            source: event.source,
+            kind: event.event_type,
+            reference: event.reference,
+            payload: event.payload,
+            blob: event.blob,
+            timestamp: event.at,
+            hash: hex(&event.hash),
+        }
+    }
+
+    /// The event, if its hash is one.
+    #[must_use]
+    pub fn event(self) -> Option<Logged> {
+        Some(Logged {
+            hash: unhex(&self.hash)?,
+            seq: self.seq,
+            source: self.source,
+            event_type: self.kind,
+            reference: self.reference,
+            payload: self.payload,
+            blob: self.blob,
+            at: self.timestamp,
+        })
     }
 }
 

@@ -5,10 +5,11 @@ use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
 
 use super::Failure;
-use crate::bus::client::{Client, EventFilter, LoggedEvent, logged};
+use crate::bus::client::{Client, EventFilter};
 use crate::bus::storage_client::ArchiveFile;
 use crate::model::time::day;
 use crate::store::cold;
+use crate::store::log::Logged;
 
 /// Where events come from, each in the order of the log.
 enum Source {
@@ -17,7 +18,7 @@ enum Source {
     /// A file.
     File(Box<cold::Reader>),
     /// The database, after an event.
-    Live(VecDeque<LoggedEvent>, u64),
+    Live(VecDeque<Logged>, u64),
 }
 
 /// All events that a filter lets through, wherever they are, once each.
@@ -25,7 +26,7 @@ pub(super) struct Everywhere<'a> {
     client: &'a Client,
     filter: EventFilter,
     /// By the number of the event that is next, or that may be.
-    sources: BTreeMap<(u64, usize), (Option<LoggedEvent>, Source)>,
+    sources: BTreeMap<(u64, usize), (Option<Logged>, Source)>,
     last: u64,
 }
 
@@ -57,7 +58,7 @@ impl<'a> Everywhere<'a> {
     }
 
     /// The next one.
-    pub(super) async fn next(&mut self) -> Result<Option<LoggedEvent>, Failure> {
+    pub(super) async fn next(&mut self) -> Result<Option<Logged>, Failure> {
         while let Some(((_, index), (event, source))) = self.sources.pop_first() {
             if let Some((next, source)) = self.advance(source).await? {
                 let seq = next.seq;
@@ -72,7 +73,7 @@ impl<'a> Everywhere<'a> {
         Ok(None)
     }
 
-    async fn advance(&self, source: Source) -> Result<Option<(LoggedEvent, Source)>, Failure> {
+    async fn advance(&self, source: Source) -> Result<Option<(Logged, Source)>, Failure> {
         match source {
             Source::Listed(file) => {
                 let opened = self.client.archive_file(&file.file).await?;
@@ -99,12 +100,9 @@ impl<'a> Everywhere<'a> {
         }
     }
 
-    fn read(
-        &self,
-        mut reader: Box<cold::Reader>,
-    ) -> Result<Option<(LoggedEvent, Source)>, Failure> {
+    fn read(&self, mut reader: Box<cold::Reader>) -> Result<Option<(Logged, Source)>, Failure> {
         for event in reader.by_ref() {
-            let event = logged(event.map_err(damaged)?);
+            let event = event.map_err(damaged)?;
             if lets_through(&self.filter, &event) {
                 return Ok(Some((event, Source::File(reader))));
             }
@@ -113,13 +111,13 @@ impl<'a> Everywhere<'a> {
     }
 }
 
-fn lets_through(filter: &EventFilter, event: &LoggedEvent) -> bool {
+fn lets_through(filter: &EventFilter, event: &Logged) -> bool {
     let is = |wanted: &Option<String>, found: &str| wanted.as_ref().is_none_or(|one| one == found);
     is(&filter.source, &event.source)
-        && is(&filter.kind, &event.kind)
+        && is(&filter.kind, &event.event_type)
         && is(&filter.reference, &event.reference)
-        && filter.since.is_none_or(|since| event.timestamp >= since)
-        && filter.until.is_none_or(|until| event.timestamp <= until)
+        && filter.since.is_none_or(|since| event.at >= since)
+        && filter.until.is_none_or(|until| event.at <= until)
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "for map_err")]

@@ -3,9 +3,7 @@
 use std::collections::VecDeque;
 use std::fmt::Write as _;
 
-use serde::Serialize;
 use serde_json::Value;
-use serde_json::value::RawValue;
 
 use super::archived::Everywhere;
 use super::cli::{EventFormat, Events};
@@ -13,10 +11,12 @@ use super::json::decode;
 use super::text::{line, pad};
 use super::wait::{nobody_reads, until};
 use super::{Failure, Settings, input, print, render, width};
-use crate::bus::client::{AUDIT, Client, EventFilter, LoggedEvent, Subject};
+use crate::bus::client::{AUDIT, Client, EventFilter, Subject};
 use crate::bus::error::CallError;
 use crate::model::run::Caller;
 use crate::model::time::utc;
+use crate::store::cold;
+use crate::store::log::Logged;
 
 /// The newest so many come first when one follows and does not say how many.
 const FOLLOWED: u32 = 10;
@@ -195,7 +195,7 @@ impl Printer {
         }
     }
 
-    fn events(&mut self, events: &[LoggedEvent]) -> String {
+    fn events(&mut self, events: &[Logged]) -> String {
         let mut text = String::new();
         if self.format == EventFormat::Table {
             let rows: Vec<_> = events.iter().map(cells).collect();
@@ -213,10 +213,14 @@ impl Printer {
             if self.format == EventFormat::Json {
                 text.push_str(if self.count == 0 { "\n" } else { ",\n" });
             }
-            text.push_str(&object(event));
-            if self.format == EventFormat::Jsonl {
-                text.push('\n');
-            }
+            let mut object = Vec::new();
+            // Memory takes everything.
+            let _ = cold::write_line(&mut object, event);
+            let object = String::from_utf8_lossy(&object);
+            text.push_str(match self.format {
+                EventFormat::Json => object.trim_end(),
+                _ => &object,
+            });
             self.count += 1;
         }
         text
@@ -243,12 +247,12 @@ impl Printer {
     }
 }
 
-fn cells(event: &LoggedEvent) -> [String; 5] {
+fn cells(event: &Logged) -> [String; 5] {
     let payload = decode(&event.payload);
     let mut what = if event.source == AUDIT {
         audited(&payload)
     } else {
-        render::what(&event.kind, &payload)
+        render::what(&event.event_type, &payload)
     };
     if let Some(blob) = &event.blob {
         let separator = if what.is_empty() { "" } else { " " };
@@ -261,9 +265,9 @@ fn cells(event: &LoggedEvent) -> [String; 5] {
         &event.reference
     };
     [
-        utc(event.timestamp),
+        utc(event.at),
         line(&event.source).into_owned(),
-        line(&event.kind).into_owned(),
+        line(&event.event_type).into_owned(),
         line(reference).into_owned(),
         what,
     ]
@@ -285,61 +289,21 @@ fn audited(payload: &Value) -> String {
     line(&text).into_owned()
 }
 
-/// An event as a line of the archive has it.
-#[derive(Serialize)]
-struct Object<'a> {
-    id: u64,
-    source: &'a str,
-    #[serde(rename = "type")]
-    kind: &'a str,
-    #[serde(rename = "refId")]
-    reference: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    payload: Option<&'a RawValue>,
-    #[serde(rename = "payloadText", skip_serializing_if = "Option::is_none")]
-    text: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    blob: Option<&'a str>,
-    timestamp: u64,
-    hash: &'a str,
-}
-
-fn object(event: &LoggedEvent) -> String {
-    let text = event.payload.as_str();
-    let is_on_a_line = text != "null" && !text.contains('\n');
-    let payload: Option<&RawValue> = serde_json::from_str(text).ok();
-    // As it was written, byte for byte: its hash covers it.
-    let payload = payload.filter(|raw| is_on_a_line && raw.get() == text);
-    let object = Object {
-        id: event.seq,
-        source: &event.source,
-        kind: &event.kind,
-        reference: &event.reference,
-        payload,
-        text: payload.is_none().then_some(text),
-        blob: event.blob.as_deref(),
-        timestamp: event.timestamp,
-        hash: &event.hash,
-    };
-    // Strings and numbers: there is nothing in it that JSON cannot say.
-    serde_json::to_string(&object).unwrap_or_default()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::ctl::render::tests::CREATED;
 
-    fn event(seq: u64, source: &str, kind: &str, payload: &str) -> LoggedEvent {
-        LoggedEvent {
+    fn event(seq: u64, source: &str, kind: &str, payload: &str) -> Logged {
+        Logged {
             seq,
             source: source.to_owned(),
-            kind: kind.to_owned(),
+            event_type: kind.to_owned(),
             reference: "0193000000007000800000003fa9c1d2".to_owned(),
             payload: payload.to_owned(),
             blob: None,
-            timestamp: CREATED,
-            hash: "ab".repeat(32),
+            at: CREATED,
+            hash: [0xab; 32],
         }
     }
 

@@ -77,7 +77,7 @@ impl Followed {
                 ..EventFilter::default()
             };
             let (events, next) = client.events(filter).await?;
-            has_ended |= events.iter().any(|event| event.kind == ENDED);
+            has_ended |= events.iter().any(|event| event.event_type == ENDED);
             if next <= position {
                 break;
             }

@@ -3,7 +3,8 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-use rusqlite::{Transaction, params};
+use rusqlite::types::Value;
+use rusqlite::{Transaction, params, params_from_iter};
 
 use super::blob::Blobs;
 use super::log::{AUDIT, Entry, Head, SYSTEM, WORKFLOW};
@@ -137,33 +138,21 @@ pub(super) fn without_long_text(event: &RunEvent) -> (Cow<'_, RunEvent>, Option<
 
 /// The row of a run that is new.
 fn insert(transaction: &Transaction<'_>, run: &Run, accepted: &Accepted) -> Result<(), Error> {
-    let id = run.id.to_string();
     let mut insert = transaction.prepare_cached(
         "INSERT INTO workflow_runs (run, status, killing, aborting, exit_code, result, reason, rounds, max_rounds, definition,
              started_at, ended_at, tail, workflow, dry_run, trigger, key, created_at)
          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18)",
     )?;
-    let (started, ended) = (run.started(), run.ended());
-    insert.execute(params![
-        id,
-        run.status().as_str(),
-        run.is_killing(),
-        run.is_aborting(),
-        ended.map(|(result, _)| result.end().1),
-        ended.map(|(result, _)| result.to_string()),
-        run.reason(),
-        run.position().rounds,
-        run.max_rounds,
-        started.map(|started| &started.definition),
-        started.map(|started| sql(started.at)),
-        ended.map(|(_, at)| sql(at)),
-        id.chars().rev().collect::<String>(),
-        accepted.workflow.as_str(),
-        accepted.dry_run,
-        accepted.trigger.to_string(),
-        accepted.key,
-        sql(run.created_at),
-    ])?;
+    let tail: String = run.id.to_string().chars().rev().collect();
+    let accepted: [Value; 6] = [
+        tail.into(),
+        accepted.workflow.to_string().into(),
+        accepted.dry_run.into(),
+        accepted.trigger.to_string().into(),
+        accepted.key.clone().into(),
+        sql(run.created_at).into(),
+    ];
+    insert.execute(params_from_iter(state(run).into_iter().chain(accepted)))?;
     Ok(())
 }
 
@@ -173,20 +162,25 @@ fn update(transaction: &Transaction<'_>, run: &Run) -> Result<(), Error> {
              reason = ?7, rounds = ?8, max_rounds = ?9, definition = ?10, started_at = ?11, ended_at = ?12
          WHERE run = ?1",
     )?;
-    let (started, ended) = (run.started(), run.ended());
-    update.execute(params![
-        run.id.to_string(),
-        run.status().as_str(),
-        run.is_killing(),
-        run.is_aborting(),
-        ended.map(|(result, _)| result.end().1),
-        ended.map(|(result, _)| result.to_string()),
-        run.reason(),
-        run.position().rounds,
-        run.max_rounds,
-        started.map(|started| &started.definition),
-        started.map(|started| sql(started.at)),
-        ended.map(|(_, at)| sql(at)),
-    ])?;
+    update.execute(params_from_iter(state(run)))?;
     Ok(())
+}
+
+/// A run's id, and what of it changes.
+fn state(run: &Run) -> [Value; 12] {
+    let (started, ended) = (run.started(), run.ended());
+    [
+        run.id.to_string().into(),
+        run.status().to_string().into(),
+        run.is_killing().into(),
+        run.is_aborting().into(),
+        ended.map(|(result, _)| result.end().1).into(),
+        ended.map(|(result, _)| result.to_string()).into(),
+        run.reason().map(str::to_owned).into(),
+        run.position().rounds.into(),
+        run.max_rounds.into(),
+        started.map(|started| started.definition.clone()).into(),
+        started.map(|started| sql(started.at)).into(),
+        ended.map(|(_, at)| sql(at)).into(),
+    ]
 }

@@ -52,15 +52,8 @@ impl Handle {
         &self,
         job: impl FnOnce(&mut Store) -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Error> {
-        let (reply, answer) = oneshot::channel();
-        let job: Job = Box::new(move |store| {
-            // A caller that went away does not want the answer.
-            let _ = reply.send(job(store));
-        });
-        self.jobs
-            .send(job)
-            .expect("the store's thread lives as long as its handles");
-        answer.await.expect("the store's thread answers every job")
+        let answer = self.send(job).await;
+        answer.expect("the store's thread answers every job")
     }
 
     /// The same from a thread that may wait: what takes long is made of many short jobs, so that the runs need not wait
@@ -75,15 +68,22 @@ impl Handle {
         &self,
         job: impl FnOnce(&mut Store) -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Error> {
+        let answer = self.send(job).blocking_recv();
+        answer.expect("the store's thread answers every job")
+    }
+
+    fn send<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut Store) -> T + Send + 'static,
+    ) -> oneshot::Receiver<T> {
         let (reply, answer) = oneshot::channel();
         let job: Job = Box::new(move |store| {
+            // A caller that went away does not want the answer.
             let _ = reply.send(job(store));
         });
         self.jobs
             .send(job)
             .expect("the store's thread lives as long as its handles");
         answer
-            .blocking_recv()
-            .expect("the store's thread answers every job")
     }
 }
