@@ -4,6 +4,7 @@
 //! [`parse`] and [`from_json`] are pure and read the same tree with the same code: what a run pinned means the same
 //! where it is executed. A [`Definition`] is given out only when nothing is wrong with it.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde_json::Value;
@@ -16,14 +17,16 @@ use super::retention;
 use super::roles;
 use super::routes;
 use super::unit_settings;
+use super::work;
 use super::yaml::{self, Content, Node, Place};
 use crate::model::hex::hex;
 use crate::model::limits;
 use crate::model::name::WorkflowName;
+use crate::model::role::Role;
 use crate::model::run::Digest;
-use crate::model::workflow::{Definition, OnFull, Overflow, WorkerSettings, Workflow};
+use crate::model::workflow::{Definition, OnFull, Overflow, Routing, WorkerSettings, Workflow};
 
-const KEYS: [&str; 13] = [
+const KEYS: [&str; 14] = [
     "version",
     "name",
     "description",
@@ -36,6 +39,7 @@ const KEYS: [&str; 13] = [
     "retention",
     "roles",
     "graph",
+    "moderator",
     "worker",
 ];
 
@@ -144,10 +148,16 @@ fn workflow(
     let retention = fields
         .get("retention")
         .map(|entry| retention::read(reader, &entry.value));
-    let roles = roles::roles(reader, node, fields, host_checks);
-    let graph = routes::graph(reader, node, fields);
-    let worker = worker(reader, fields, host_checks);
-    let (graph, complete) = graph?;
+    let mut worker = worker(reader, fields, host_checks);
+    let is_own = !worker.exec.is_empty();
+    let roles = if is_own && fields.get("roles").is_none() {
+        BTreeMap::new()
+    } else {
+        roles::roles(reader, node, fields, host_checks)
+    };
+    let (routing, complete) = routing(reader, node, fields, is_own, host_checks)?;
+    let known = roles.values().flatten();
+    worker.credentials.extend(known.flat_map(Role::credentials));
     let roles_complete = roles.values().all(Option::is_some);
     let roles = roles
         .into_iter()
@@ -164,7 +174,7 @@ fn workflow(
         timeout,
         retention: retention.unwrap_or_default(),
         roles,
-        graph,
+        routing,
         worker,
     };
     let roles_node = fields.get("roles").filter(|_| !workflow.roles.is_empty());
@@ -172,6 +182,32 @@ fn workflow(
         routes::check(reader, &workflow, roles, graph, complete && roles_complete);
     }
     Some(workflow)
+}
+
+/// Who says what comes next, and whether all of it could be read.
+fn routing(
+    reader: &mut Reader,
+    node: &Node,
+    fields: Fields<'_>,
+    has_own_worker: bool,
+    host_checks: &mut Vec<(Place, HostCheck)>,
+) -> Option<(Routing, bool)> {
+    let (graph, moderator) = (fields.get("graph"), fields.get("moderator"));
+    if let (Some(_), Some(moderator)) = (graph, moderator) {
+        let message = "the definition has graph and moderator";
+        reader.error_help(moderator.place, message, "keep the one that is to route");
+    }
+    match (graph, moderator) {
+        (None, Some(moderator)) => {
+            let moderator = work::moderator(reader, moderator, host_checks)?;
+            Some((Routing::Moderator(moderator), true))
+        }
+        (None, None) if has_own_worker => Some((Routing::Worker, true)),
+        _ => {
+            let (graph, complete) = routes::graph(reader, node, fields)?;
+            Some((Routing::Graph(graph), complete))
+        }
+    }
 }
 
 /// `None` when this is the format of another nerve, of which nothing is known.
@@ -276,7 +312,7 @@ fn worker(
     let Some(section) = fields.get("worker") else {
         return WorkerSettings::default();
     };
-    let settings = unit_settings::read(reader, &section.value);
+    let settings = unit_settings::read(reader, &section.value, host_checks);
     let place = |key: &str| match &section.value.content {
         Content::Map(entries) => entries
             .iter()
@@ -330,6 +366,7 @@ mod tests {
 
     use super::super::reader::DIAGNOSTICS;
     use super::*;
+    use crate::model::role::Work;
     use proptest::prelude::*;
 
     const GOOD: &str = r#"version: 1
@@ -425,7 +462,8 @@ worker:
         assert_eq!((workflow.concurrency, workflow.max_queue), (2, 7));
         assert_eq!(workflow.timeout, Some(Duration::from_secs(9_000)));
         let coder = &workflow.roles[&"coder".parse().unwrap()];
-        assert_eq!(coder.exec, ["claude", "-p", "1.10", "true", "007"]);
+        let argv = ["claude", "-p", "1.10", "true", "007"].map(str::to_owned);
+        assert_eq!(coder.work, Work::Exec(argv.into()));
         assert!(coder.prompt.as_ref().unwrap().ends_with("{% endif %}\n"));
         assert_eq!(coder.cwd.as_deref(), Some("/srv/build"));
         let worker = &workflow.worker;
@@ -735,7 +773,7 @@ worker:
         says(
             &with("    timeout: 20m", "    timeout: 20m\n    x: y"),
             &[
-                "16:5: error: unknown key \"x\" in role coder (the keys of role coder are exec, prompt, timeout, cwd)",
+                "16:5: error: unknown key \"x\" in role coder (the keys of role coder are exec, llm, user, agent, prompt, timeout",
             ],
         );
     }
@@ -812,6 +850,101 @@ worker:
     }
 
     #[test]
+    fn roles_are_commands_llms_and_agents() {
+        let text = "version: 1
+name: a
+roles:
+  coder:
+    agent: {name: claude, args: [--model, small]}
+    prompt: x
+    env: {A: b, TOKEN: {credential: key}}
+    meta: {properties: {status: {enum: [done, again]}, share: {minimum: 0.5}}}
+    extract: local
+    retry: {attempts: 4, backoff: 2s, on: [exit-code:75, llm-error]}
+    stall: 10m
+    ok_codes: [0, 3]
+    dry_run: {content: said, meta: {status: again, n: 1}}
+  critic:
+    llm: {provider: local, temperature: 0.2, max_tokens: 9, stream: false}
+    user: '{{ coder.content }}'
+    dry_run: execute
+graph:
+  $START: coder
+  coder: {done: critic, again: coder}
+  critic: {ok: $END}
+";
+        let definition = parse("f", None, text.as_bytes());
+        assert_eq!(definition.diagnostics, []);
+        let definition = definition.definition.unwrap();
+        let workflow = &definition.workflow;
+        assert_eq!(from_json(&definition.source).as_ref(), Ok(workflow));
+        assert_eq!(workflow.worker.credentials, ["key".to_owned()].into());
+        let coder = &workflow.roles[&"coder".parse().unwrap()];
+        assert!(coder.statuses().eq(["done", "again"]));
+        assert_eq!(
+            coder.meta.as_ref().unwrap().schema["properties"]["share"]["minimum"],
+            0.5
+        );
+        assert_eq!(
+            (coder.retry.attempts, coder.stall),
+            (4, Some(Duration::from_mins(10)))
+        );
+        let changed = |line: &str, other: &str| errors(&text.replacen(line, other, 1));
+        for (line, other, says) in [
+            (
+                "on: [exit-code:75,",
+                "on: [exit-cod:75,",
+                "did you mean exit-code?",
+            ),
+            (
+                "on: [exit-code:75,",
+                "on: [exit-code:x,",
+                "a retry is never for",
+            ),
+            (
+                "status: again",
+                "status: agian",
+                "its statuses are done, again and error",
+            ),
+            ("again: coder}", "agian: coder}", "did you mean again?"),
+            ("    prompt: x", "    exec: [x]", "has exec and agent"),
+            ("TOKEN:", "NERVE_X:", "is set by nerve"),
+            ("temperature: 0.2", "temperature: 3", "a number from 0 to 2"),
+            (
+                "{credential: key}",
+                "{credential: a/b}",
+                "a name has letters",
+            ),
+            (
+                "enum: [done, again]",
+                "type: string",
+                "neither const nor enum",
+            ),
+        ] {
+            let found = changed(line, other);
+            assert!(
+                found.iter().any(|found| found.contains(says)),
+                "{other}: {found:#?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_command_or_a_worker_of_its_own_may_route() {
+        let moderated =
+            "version: 1\nname: a\nroles: {r: {exec: [x]}}\nmoderator: {exec: [y], timeout: 1s}\n";
+        let own = "version: 1\nname: a\nworker: {exec: [/bin/worker], User: root}\n";
+        for text in [moderated, own] {
+            let definition = parse("f", None, text.as_bytes()).definition.unwrap();
+            assert_eq!(from_json(&definition.source), Ok(definition.workflow));
+        }
+        says(
+            &format!("{moderated}graph: {{$START: r, r: {{ok: $END}}}}\n"),
+            &["4:1: error: the definition has graph and moderator"],
+        );
+    }
+
+    #[test]
     fn aliases_mean_what_they_name() {
         let text = with("exec: [/usr/bin/make, test]", "exec: *e").replacen(
             "exec: [claude",
@@ -819,10 +952,9 @@ worker:
             1,
         );
         let definition = parse("f", None, text.as_bytes()).definition.unwrap();
-        assert_eq!(
-            definition.workflow.roles[&"tester".parse().unwrap()].exec[0],
-            "claude"
-        );
+        let roles = &definition.workflow.roles;
+        let work = |role: &str| &roles[&role.parse().unwrap()].work;
+        assert_eq!(work("tester"), work("coder"));
         assert_eq!(from_json(&definition.source), Ok(definition.workflow));
     }
 
@@ -880,7 +1012,7 @@ worker:
         assert_eq!(
             warnings,
             [
-                "f.yaml:18:12: warning: \"/usr/bin/make\" of role tester does not exist on this machine (install it, or its rounds end in exec-failed)",
+                "f.yaml:18:12: warning: \"/usr/bin/make\" in exec of role tester does not exist on this machine (install it, or its rounds end in exec-failed)",
                 "f.yaml:24:9: warning: user build is not in /etc/passwd (did you mean built?)",
                 "f.yaml:26:24: warning: group systemd-journal is not in /etc/group (make it, or the worker cannot be started)",
                 "f.yaml:32:19: warning: \"/srv\" does not exist on this machine (make it, or write -PATH to go without; the worker cannot be started otherwise)",

@@ -11,7 +11,7 @@ use super::yaml::Place;
 /// What a definition expects of the machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum HostCheck {
-    Executable { role: String, path: String },
+    Executable { subject: String, path: String },
     User(String),
     Group(String),
     Path(String),
@@ -42,10 +42,10 @@ pub(super) fn warnings(
     let mut reader = Reader::default();
     for (place, check) in checks {
         let (what, name, file) = match check {
-            HostCheck::Executable { role, path } => {
+            HostCheck::Executable { subject, path } => {
                 if !below(path).exists() {
                     let message = format!(
-                        "{} of role {role} does not exist on this machine",
+                        "{} in {subject} does not exist on this machine",
                         quoted(path)
                     );
                     reader.warning(

@@ -1,18 +1,41 @@
 //! The `roles` section of a definition. Called by `definition`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
-use super::diagnostic::quoted;
+use super::diagnostic::{nearest, quoted};
 use super::host::HostCheck;
-use super::reader::{Fields, Reader, kind};
+use super::meta;
+use super::reader::{Fields, Reader};
 use super::template;
-use super::yaml::{Content, Node, Place};
+use super::unit_settings;
+use super::work::{self, name_of};
+use super::yaml::{Content, Entry, Node, Place, to_json};
 use crate::model::limits;
+use crate::model::message::ERROR;
 use crate::model::name::RoleName;
-use crate::model::workflow::Role;
+use crate::model::role::{Meta, Rehearsal, Retry, Role, Variable, Work};
+use crate::model::status::RunResult;
 
-const ROLE_KEYS: [&str; 4] = ["exec", "prompt", "timeout", "cwd"];
+const ROLE_KEYS: [&str; 14] = [
+    "exec", "llm", "user", "agent", "prompt", "timeout", "stall", "cwd", "env", "ok_codes", "meta",
+    "extract", "retry", "dry_run",
+];
+const RETRY_KEYS: [&str; 4] = ["attempts", "backoff", "max_backoff", "on"];
+const REHEARSAL_KEYS: [&str; 2] = ["content", "meta"];
+/// What a retry can be for; each of them also before a colon and what follows it.
+const FAILURES: [&str; 10] = [
+    "exit-code",
+    "signal",
+    "exec-failed",
+    "role-timeout",
+    "role-stalled",
+    "oom-kill",
+    "reply-too-large",
+    "template-error",
+    "bad-reply",
+    "llm-error",
+];
 
 /// The roles by name; `None` for one whose name is known and whose description is wrong.
 pub(super) fn roles(
@@ -61,14 +84,7 @@ pub(super) fn roles(
                 None
             }
         };
-        let role = role(
-            reader,
-            &entry.key,
-            entry.place,
-            &entry.value,
-            &names,
-            host_checks,
-        );
+        let role = role(reader, entry, &names, host_checks);
         if let Some(name) = name {
             roles.insert(name, role);
         }
@@ -78,106 +94,263 @@ pub(super) fn roles(
 
 fn role(
     reader: &mut Reader,
-    name: &str,
-    place: Place,
-    node: &Node,
+    entry: &Entry,
     roles: &[&str],
     host_checks: &mut Vec<(Place, HostCheck)>,
 ) -> Option<Role> {
-    let shown = quoted(name);
-    let shown = if name.parse::<RoleName>().is_ok() {
-        name
+    let shown = quoted(&entry.key);
+    let shown = if entry.key.parse::<RoleName>().is_ok() {
+        &entry.key
     } else {
         &shown
     };
-    let fields = reader.fields(node, &format!("role {shown}"), &ROLE_KEYS)?;
-    let exec = if let Some(entry) = fields.get("exec") {
-        exec(reader, &entry.value, shown, host_checks)
-    } else {
-        let help = format!("write `exec: [command, argument]` below {shown}");
-        reader.error_help(place, format!("role {shown} has no exec"), help);
-        None
-    };
+    let fields = reader.fields(&entry.value, &format!("role {shown}"), &ROLE_KEYS)?;
+    let work = work::read(reader, entry.place, fields, shown, roles, host_checks);
+    let of = |key: &str| format!("{key} of role {shown}");
     let prompt = fields
         .get("prompt")
-        .and_then(|entry| prompt(reader, &entry.value, shown, roles));
-    let timeout = fields
-        .get("timeout")
-        .and_then(|entry| reader.duration(&entry.value, &format!("timeout of role {shown}")));
+        .and_then(|entry| prompt(reader, &entry.value, &of("prompt"), roles));
+    let mut duration = |key: &str| {
+        let entry = fields.get(key)?;
+        reader.duration(&entry.value, &of(key))
+    };
+    let (timeout, stall) = (duration("timeout"), duration("stall"));
     let cwd = fields.get("cwd").and_then(|entry| {
-        let text = reader.text(&entry.value, &format!("cwd of role {shown}"))?;
+        let text = reader.text(&entry.value, &of("cwd"))?;
         if !text.starts_with('/') {
-            let message = format!(
-                "cwd of role {shown} is {}, which is not absolute",
-                quoted(text)
-            );
+            let message = format!("{} is {}, which is not absolute", of("cwd"), quoted(text));
             reader.error_help(entry.value.place, message, "begin it with /");
         }
         Some(text.to_owned())
     });
-    Some(Role {
-        exec: exec?,
+    let environment = fields.get("env");
+    let environment = environment.map(|entry| environment_of(reader, &entry.value, &of("env")));
+    let ok_codes = fields.get("ok_codes");
+    let ok_codes = ok_codes.and_then(|entry| codes(reader, &entry.value, &of("ok_codes")));
+    let meta = fields.get("meta");
+    let is_meta_right = meta.is_none();
+    let meta = meta.and_then(|entry| meta_of(reader, &entry.value, &of("meta")));
+    let extract = fields.get("extract").and_then(|entry| {
+        if meta.is_none() && is_meta_right {
+            let message = format!("{} has no effect without meta", of("extract"));
+            reader.warning(
+                entry.place,
+                message,
+                "write the JSON Schema that is to be met, or remove it",
+            );
+        }
+        name_of(reader, &entry.value, &of("extract"))
+    });
+    let retry = fields.get("retry");
+    let retry = retry.map(|entry| retry_of(reader, &entry.value, &of("retry")));
+    let rehearsal = fields.get("dry_run");
+    let rehearsal = rehearsal
+        .and_then(|entry| rehearsal_of(reader, &entry.value, &of("dry_run"), meta.as_ref()));
+    let role = Role {
+        work: work?,
         prompt,
         timeout,
+        stall,
         cwd,
+        environment: environment.unwrap_or_default(),
+        ok_codes: ok_codes.unwrap_or_else(|| BTreeSet::from([0])),
+        meta,
+        extract,
+        retry: retry.unwrap_or_default(),
+        rehearsal: rehearsal.unwrap_or_default(),
+    };
+    without_effect(reader, fields, &role, shown);
+    Some(role)
+}
+
+/// Warns of what the kind of work makes meaningless: whoever wrote it may expect something.
+fn without_effect(reader: &mut Reader, fields: Fields<'_>, role: &Role, shown: &str) {
+    let (kind, keys): (_, &[&str]) = match role.work {
+        Work::Exec(_) | Work::Agent(_) => ("llm", &["user"]),
+        Work::Llm(_) => ("exec or agent", &["ok_codes", "cwd", "env"]),
+    };
+    for entry in keys.iter().filter_map(|key| fields.get(key)) {
+        let message = format!("{} has no effect in role {shown}", entry.key);
+        reader.warning(
+            entry.place,
+            message,
+            format!("remove it; it is for roles with {kind}"),
+        );
+    }
+}
+
+/// Variables by name, none of them one that systemd or nerve sets.
+fn environment_of(reader: &mut Reader, node: &Node, subject: &str) -> BTreeMap<String, Variable> {
+    let mut variables = BTreeMap::new();
+    for entry in reader.entries(node, subject).unwrap_or_default() {
+        if let Err(error) = unit_settings::variable_name(&entry.key) {
+            reader.error_help(
+                entry.place,
+                format!("{subject}: {error}"),
+                "name it like MY_VARIABLE",
+            );
+            continue;
+        }
+        let variable = match &entry.value.content {
+            Content::Map(_) => {
+                work::credential(reader, &entry.value, &entry.key).map(Variable::Credential)
+            }
+            _ => reader
+                .text(&entry.value, &entry.key)
+                .map(|text| Variable::Text(text.to_owned())),
+        };
+        variables.extend(variable.map(|variable| (entry.key.clone(), variable)));
+    }
+    variables
+}
+
+fn codes(reader: &mut Reader, node: &Node, subject: &str) -> Option<BTreeSet<u8>> {
+    let nodes = list(reader, node, subject, "[0, 1]")?;
+    let mut codes = BTreeSet::new();
+    for node in nodes {
+        let code = reader.integer(node, &format!("a code of {subject}"), 0..=255)?;
+        codes.extend(u8::try_from(code));
+    }
+    Some(codes)
+}
+
+/// A list with something in it.
+fn list<'n>(
+    reader: &mut Reader,
+    node: &'n Node,
+    subject: &str,
+    example: &str,
+) -> Option<&'n [Node]> {
+    match &node.content {
+        Content::List(nodes) if !nodes.is_empty() => Some(nodes),
+        other => {
+            let kind = match other {
+                Content::List(_) => "an empty list",
+                other => super::reader::kind(other),
+            };
+            let help = format!("write a list like {example}");
+            reader.error_help(node.place, format!("{subject} is {kind}"), help);
+            None
+        }
+    }
+}
+
+fn meta_of(reader: &mut Reader, node: &Node, subject: &str) -> Option<Meta> {
+    reader.entries(node, subject)?;
+    let schema = to_json(node);
+    match meta::statuses(&schema) {
+        Ok(statuses) => Some(Meta { schema, statuses }),
+        Err(error) => {
+            let help = "write a JSON Schema of an object, such as {properties: {status: {enum: [done, again]}}, required: [status]}";
+            reader.error_help(node.place, format!("{subject}: {error}"), help);
+            None
+        }
+    }
+}
+
+fn retry_of(reader: &mut Reader, node: &Node, subject: &str) -> Retry {
+    let mut retry = Retry::default();
+    let Some(fields) = reader.fields(node, subject, &RETRY_KEYS) else {
+        return retry;
+    };
+    let attempts = fields.get("attempts");
+    let attempts =
+        attempts.and_then(|entry| reader.integer(&entry.value, "attempts", 1..=limits::ATTEMPTS));
+    // Who asks for a retry wants one.
+    retry.attempts = attempts.unwrap_or(2);
+    let mut duration = |key: &str| {
+        let entry = fields.get(key)?;
+        let duration = reader.duration(&entry.value, key)?;
+        if duration > limits::BACKOFF {
+            let message = format!("{key} of {subject} is more than a day");
+            reader.error_help(entry.value.place, message, "write 1d or less");
+        }
+        Some(duration)
+    };
+    let (backoff, most) = (duration("backoff"), duration("max_backoff"));
+    retry.backoff = backoff.unwrap_or(retry.backoff);
+    retry.max_backoff = most.unwrap_or_else(|| retry.max_backoff.max(retry.backoff));
+    if let Some(entry) = fields.get("max_backoff")
+        && retry.max_backoff < retry.backoff
+    {
+        let message = format!("max_backoff of {subject} is less than backoff");
+        reader.error_help(entry.value.place, message, "let it be the longer one");
+    }
+    let on = fields.get("on");
+    let on = on.and_then(|entry| list(reader, &entry.value, "on", "[exit-code:75, llm-error]"));
+    for node in on.unwrap_or_default() {
+        let Some(word) = reader.text(node, &format!("a word of on of {subject}")) else {
+            continue;
+        };
+        let class = word.split(':').next().unwrap_or_default();
+        let is_known = FAILURES.contains(&class);
+        if !is_known || (class != word && word.parse::<RunResult>().is_err()) {
+            let help = match nearest(class, FAILURES).filter(|_| !is_known) {
+                Some(meant) => format!("did you mean {meant}?"),
+                None => "write what a round can fail with, as nerve-workflow(5) lists it: exit-code:75, signal:SIGSEGV, llm-error:rate-limited, role-timeout".to_owned(),
+            };
+            reader.error_help(
+                node.place,
+                format!("a retry is never for {}", quoted(word)),
+                help,
+            );
+        }
+        retry.on.push(word.to_owned());
+    }
+    retry
+}
+
+fn rehearsal_of(
+    reader: &mut Reader,
+    node: &Node,
+    subject: &str,
+    expected: Option<&Meta>,
+) -> Option<Rehearsal> {
+    if let Content::Text { .. } = node.content {
+        return reader
+            .choice(node, subject, &[("execute", ())])
+            .map(|()| Rehearsal::Execute);
+    }
+    let fields = reader.fields(node, subject, &REHEARSAL_KEYS)?;
+    let content = fields.get("content");
+    let content = content.and_then(|entry| reader.text(&entry.value, "content"));
+    let meta = fields.get("meta");
+    let meta = meta.and_then(|entry| {
+        reader.entries(&entry.value, "meta")?;
+        let serde_json::Value::Object(said) = to_json(&entry.value) else {
+            return None;
+        };
+        // What it says without a status it says with the first one.
+        let status = said.get("status").and_then(serde_json::Value::as_str);
+        let known: Vec<&str> = match expected {
+            Some(meta) => meta.statuses.iter().map(String::as_str).collect(),
+            None => vec!["ok"],
+        };
+        if let Some(status) = status.filter(|status| *status != ERROR && !known.contains(status)) {
+            let help = format!("its statuses are {} and {ERROR}", known.join(", "));
+            let message = format!("{subject} has status {}", quoted(status));
+            reader.error_help(entry.value.place, message, help);
+        }
+        Some(said)
+    });
+    Some(Rehearsal::Say {
+        content: content.unwrap_or_default().to_owned(),
+        meta: meta.unwrap_or_default(),
     })
 }
 
-fn exec(
+/// A template; `subject` is what it is called.
+pub(super) fn prompt(
     reader: &mut Reader,
     node: &Node,
-    role: &str,
-    host_checks: &mut Vec<(Place, HostCheck)>,
-) -> Option<Vec<String>> {
-    const HELP: &str =
-        "write a list like [make, test]; no shell reads it, [sh, -c, '…'] starts one";
-    let Content::List(nodes) = &node.content else {
-        let message = format!(
-            "exec of role {role} is {}, and must be a list of words",
-            kind(&node.content)
-        );
-        reader.error_help(node.place, message, HELP);
-        return None;
-    };
-    let Some(first) = nodes.first() else {
-        reader.error_help(
-            node.place,
-            format!("exec of role {role} is an empty list"),
-            HELP,
-        );
-        return None;
-    };
-    let subject = format!("a word of exec of role {role}");
-    let words: Vec<_> = nodes
-        .iter()
-        .map(|word| reader.text(word, &subject).map(str::to_owned))
-        .collect();
-    let words: Vec<String> = words.into_iter().collect::<Option<_>>()?;
-    let command = words.first()?;
-    if command.is_empty() {
-        reader.error_help(
-            first.place,
-            format!("exec of role {role} begins with an empty word"),
-            "name a command",
-        );
-        return None;
-    }
-    if command.starts_with('/') {
-        let check = HostCheck::Executable {
-            role: role.to_owned(),
-            path: command.clone(),
-        };
-        host_checks.push((first.place, check));
-    }
-    Some(words)
-}
-
-fn prompt(reader: &mut Reader, node: &Node, role: &str, roles: &[&str]) -> Option<String> {
-    let text = reader.text(node, &format!("prompt of role {role}"))?;
+    subject: &str,
+    roles: &[&str],
+) -> Option<String> {
+    let text = reader.text(node, subject)?;
     // The place of a block scalar is its first line that is not blank.
     let blank = text.len() - text.trim_start_matches('\n').len();
     for fault in template::check(text, roles) {
-        let mut message = format!("prompt of role {role}: {}", fault.message);
+        let mut message = format!("{subject}: {}", fault.message);
         let mut place = node.place;
         // The lines of a block scalar are lines of the file; of other scalars only the beginning is known.
         match (fault.line, &node.content) {
@@ -202,10 +375,5 @@ fn prompt(reader: &mut Reader, node: &Node, role: &str, roles: &[&str]) -> Optio
 
 /// Stands for a role whose description is wrong while the graph is checked; never given out.
 pub(super) fn nothing() -> Role {
-    Role {
-        exec: Vec::new(),
-        prompt: None,
-        timeout: None,
-        cwd: None,
-    }
+    Role::command(Vec::new())
 }

@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use super::diagnostic::{listed, nearest, quoted};
 use super::reader::{Fields, Reader};
 use super::yaml::{Content, Entry, Node, Place};
-use crate::model::message::{ERROR, OK};
+use crate::model::message::ERROR;
 use crate::model::name::RoleName;
+use crate::model::role::Role;
 use crate::model::workflow::{Fault, Graph, Target, Workflow};
 
 /// Key of the route that a run begins with.
@@ -150,9 +151,11 @@ pub(super) fn check(
             }
             Fault::UnknownStatus(role, status) => {
                 let route = of_graph(role.as_str()).and_then(|entry| find(&entry.value, &status));
-                let help = match nearest(&status, [OK, ERROR]) {
+                let role_of = workflow.roles.get(&role);
+                let known = || role_of.into_iter().flat_map(Role::statuses);
+                let help = match nearest(&status, known().chain([ERROR])) {
                     Some(meant) => format!("did you mean {meant}?"),
-                    None => format!("its statuses are {OK} and {ERROR}"),
+                    None => format!("its statuses are {} and {ERROR}", listed(known())),
                 };
                 let place = route.map_or(graph.place, |entry| entry.place);
                 reader.error_help(

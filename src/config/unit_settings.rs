@@ -7,14 +7,17 @@
 use std::time::Duration;
 
 use super::diagnostic::quoted;
+use super::host::HostCheck;
 use super::reader::Reader;
 use super::time::parse_duration;
 use super::unit_syntax::{account, boolean, permyriad, size, tasks, words};
+use super::work;
 use super::yaml::{Content, Entry, Node, Place};
 use crate::model::worker::DEATHS;
 use crate::model::workflow::WorkerSettings;
 
-const KEYS: [&str; 13] = [
+const KEYS: [&str; 14] = [
+    "exec",
     "User",
     "Group",
     "SupplementaryGroups",
@@ -52,12 +55,19 @@ const TAKEN: [&str; 16] = [
 const PATH_BYTES: usize = 4_095;
 
 /// Reads the section, noting everything that is wrong with it.
-pub(super) fn read(reader: &mut Reader, node: &Node) -> WorkerSettings {
+pub(super) fn read(
+    reader: &mut Reader,
+    node: &Node,
+    host_checks: &mut Vec<(Place, HostCheck)>,
+) -> WorkerSettings {
     let mut settings = WorkerSettings::default();
     let Some(fields) = reader.fields(node, "worker", &KEYS) else {
         return settings;
     };
     let entry = |key: &str| fields.get(key);
+    settings.exec = entry("exec")
+        .and_then(|entry| work::exec(reader, &entry.value, "exec of the worker", host_checks))
+        .unwrap_or_default();
     settings.user = entry("User").and_then(|entry| single(reader, entry, name));
     settings.group = entry("Group").and_then(|entry| single(reader, entry, name));
     settings.memory_max = entry("MemoryMax").and_then(|entry| single(reader, entry, size));
@@ -228,18 +238,24 @@ fn assignment(word: &str) -> Result<(), String> {
             "{shown} is no NAME=VALUE; put quotes around an assignment with blanks: '\"NAME=a b\"'"
         ));
     };
+    variable_name(name)?;
+    if value
+        .chars()
+        .any(|c| c.is_control() && c != '\t' && c != '\n')
+    {
+        return Err(format!("the value of {name} has a control character in it"));
+    }
+    Ok(())
+}
+
+/// A name that nobody else sets.
+pub(super) fn variable_name(name: &str) -> Result<(), String> {
     let first = name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_');
     if !first || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') {
         return Err(format!(
             "{} is no name of a variable; use letters, digits and _",
             quoted(name)
         ));
-    }
-    if value
-        .chars()
-        .any(|c| c.is_control() && c != '\t' && c != '\n')
-    {
-        return Err(format!("the value of {name} has a control character in it"));
     }
     let taken = |taken: &&str| {
         if taken.ends_with('_') {
@@ -295,7 +311,7 @@ mod tests {
 
     fn section(text: &str) -> Result<WorkerSettings, Vec<String>> {
         let mut reader = Reader::default();
-        let settings = read(&mut reader, &yaml::parse(text).0.unwrap());
+        let settings = read(&mut reader, &yaml::parse(text).0.unwrap(), &mut Vec::new());
         if reader.failed() {
             Err(reader
                 .faults

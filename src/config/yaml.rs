@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 
 use saphyr_parser::{Event, Marker, Parser, ScalarStyle};
-use serde_json::{Map, Value};
+use serde_json::{Map, Number, Value};
 
 use super::diagnostic::quoted;
 use crate::model::limits;
@@ -372,10 +372,12 @@ pub(super) fn to_json(node: &Node) -> Value {
         } => match text.as_str() {
             "true" => Value::Bool(true),
             "false" => Value::Bool(false),
-            _ => match text.parse::<i64>() {
-                Ok(number) if number.to_string() == *text => Value::from(number),
-                _ => Value::String(text.clone()),
-            },
+            _ => {
+                let whole = text.parse::<i64>().ok().map(Number::from);
+                let number = whole.or_else(|| Number::from_f64(text.parse().ok()?));
+                let number = number.filter(|number| number.to_string() == *text);
+                number.map_or_else(|| Value::String(text.clone()), Value::Number)
+            }
         },
         Content::Text { text, .. } => Value::String(text.clone()),
         Content::List(nodes) => Value::Array(nodes.iter().map(to_json).collect()),

@@ -420,6 +420,7 @@ mod tests {
 
     use super::super::handle::{Event, Overview};
     use super::*;
+    use crate::model::role::Work;
 
     /// A machine with definitions, and a driver that only listens.
     struct World {
@@ -453,7 +454,10 @@ mod tests {
 
     fn program(known: &Known) -> &str {
         let workflow = &known.definition.as_ref().unwrap().workflow;
-        &workflow.roles[&"r".parse().unwrap()].exec[0]
+        match &workflow.roles[&"r".parse().unwrap()].work {
+            Work::Exec(argv) => &argv[0],
+            work => panic!("{work:?}"),
+        }
     }
 
     fn name(text: &str) -> WorkflowName {

@@ -28,6 +28,16 @@ pub const JOURNAL_LINE_BYTES: usize = 8 * 1024;
 pub const REASON_BYTES: usize = 1024;
 /// Most roles in a workflow.
 pub const ROLES: usize = 64;
+/// Most attempts of a round.
+pub const ATTEMPTS: u32 = 100;
+/// Longest pause between two attempts.
+pub const BACKOFF: Duration = Duration::from_secs(86_400);
+/// Most correction turns of an attempt.
+pub const CORRECTIONS: u32 = 2;
+/// Largest `max_tokens`.
+pub const MAX_TOKENS: u32 = 100_000_000;
+/// Longest name of a provider, an agent or a credential.
+pub const SETTING_NAME_BYTES: usize = 64;
 /// Largest `max_rounds`.
 pub const MAX_ROUNDS: u32 = 10_000;
 /// `max_rounds` when nobody says otherwise.

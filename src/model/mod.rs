@@ -13,6 +13,7 @@ pub mod name;
 pub mod predecessor;
 pub mod report;
 pub mod retention;
+pub mod role;
 pub mod run;
 pub mod status;
 pub mod time;

@@ -4,7 +4,7 @@
 use super::message::{ERROR, Position};
 use super::name::RoleName;
 use super::status::RunResult;
-use super::workflow::{Target, Workflow};
+use super::workflow::{Routing, Target, Workflow};
 
 /// What comes next in a run.
 #[derive(Debug, Clone, PartialEq)]
@@ -18,9 +18,10 @@ pub enum Next {
 /// Routes one step.
 #[must_use]
 pub fn next(workflow: &Workflow, max_rounds: u32, position: &Position) -> Next {
-    let target = match &position.last {
-        None => Some(&workflow.graph.start),
-        Some(last) => workflow.graph.route(&last.role, &last.status),
+    let target = match (&workflow.routing, &position.last) {
+        (Routing::Graph(graph), None) => Some(&graph.start),
+        (Routing::Graph(graph), Some(last)) => graph.route(&last.role, &last.status),
+        (Routing::Moderator(_) | Routing::Worker, _) => None,
     };
     match (target, &position.last) {
         (Some(Target::End), _) => Next::End(RunResult::Success),

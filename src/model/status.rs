@@ -97,6 +97,64 @@ impl UnknownWord {
     }
 }
 
+/// Why an LLM gave no answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LlmError {
+    /// It does not know the key, or the key may not do this (401, 403).
+    Unauthorized,
+    /// There is no such address or model (404).
+    NotFound,
+    /// Too much was asked of it (429).
+    RateLimited,
+    /// It does not understand what it is asked (400, 422, and other refusals).
+    BadRequest,
+    /// It failed (5xx).
+    ServerError,
+    /// It took too long.
+    TimeOut,
+    /// No connection to it could be made.
+    Unreachable,
+    /// The connection broke in the middle of the answer.
+    CutOff,
+    /// What it said is no answer.
+    Malformed,
+    /// It said more than a reply may hold.
+    TooLarge,
+}
+
+impl LlmError {
+    /// Each of them.
+    pub const ALL: [Self; 10] = [
+        Self::Unauthorized,
+        Self::NotFound,
+        Self::RateLimited,
+        Self::BadRequest,
+        Self::ServerError,
+        Self::TimeOut,
+        Self::Unreachable,
+        Self::CutOff,
+        Self::Malformed,
+        Self::TooLarge,
+    ];
+
+    /// As it is written after `llm-error:`.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Unauthorized => "unauthorized",
+            Self::NotFound => "not-found",
+            Self::RateLimited => "rate-limited",
+            Self::BadRequest => "bad-request",
+            Self::ServerError => "server-error",
+            Self::TimeOut => "time-out",
+            Self::Unreachable => "unreachable",
+            Self::CutOff => "cut-off",
+            Self::Malformed => "malformed",
+            Self::TooLarge => "too-large",
+        }
+    }
+}
+
 /// Why a run ended. It determines the terminal status and the exit code: see [`RunResult::end`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -117,6 +175,14 @@ pub enum RunResult {
     ReplyTooLarge,
     /// A role's prompt could not be rendered.
     TemplateError,
+    /// A role said nothing for longer than it may.
+    RoleStalled,
+    /// A role's reply is not what its `meta` asks for.
+    BadReply,
+    /// The moderator failed, or named no role.
+    BadRoute,
+    /// An LLM did not answer, or not as it should.
+    LlmError(LlmError),
     /// A round ended with a status that no route handles.
     NoRoute(String),
     /// `max_rounds` used up.
@@ -162,6 +228,10 @@ impl RunResult {
             | Self::OomKill
             | Self::ReplyTooLarge
             | Self::TemplateError
+            | Self::RoleStalled
+            | Self::BadReply
+            | Self::BadRoute
+            | Self::LlmError(_)
             | Self::NoRoute(_) => (Status::Failed, 1),
             Self::MaxRounds => (Status::Failed, 2),
             Self::Timeout => (Status::Failed, 124),
@@ -178,13 +248,16 @@ impl RunResult {
     }
 
     /// The results that are one word.
-    const WORDS: [(&str, Self); 19] = [
+    const WORDS: [(&str, Self); 22] = [
         ("success", Self::Success),
         ("exec-failed", Self::ExecFailed),
         ("role-timeout", Self::RoleTimeout),
         ("oom-kill", Self::OomKill),
         ("reply-too-large", Self::ReplyTooLarge),
         ("template-error", Self::TemplateError),
+        ("role-stalled", Self::RoleStalled),
+        ("bad-reply", Self::BadReply),
+        ("bad-route", Self::BadRoute),
         ("max-rounds", Self::MaxRounds),
         ("timeout", Self::Timeout),
         ("drained", Self::Drained),
@@ -208,6 +281,7 @@ impl fmt::Display for RunResult {
             Self::Signal(name) => write!(f, "signal:{name}"),
             Self::NoRoute(status) => write!(f, "no-route:{status}"),
             Self::WorkerExit(code) => write!(f, "worker-exit:{code}"),
+            Self::LlmError(error) => write!(f, "llm-error:{}", error.as_str()),
             word => {
                 let named = Self::WORDS.iter().find(|(_, result)| result == word);
                 f.write_str(named.map_or("", |(name, _)| name))
@@ -227,6 +301,11 @@ impl FromStr for RunResult {
         match text.split_once(':') {
             Some(("exit-code", rest)) => code(rest).map(Self::ExitCode),
             Some(("worker-exit", rest)) => code(rest).map(Self::WorkerExit),
+            Some(("llm-error", rest)) => LlmError::ALL
+                .into_iter()
+                .find(|error| error.as_str() == rest)
+                .map(Self::LlmError)
+                .ok_or_else(unknown),
             Some(("signal", rest)) => Ok(Self::Signal(rest.to_owned())),
             Some(("no-route", rest)) => Ok(Self::NoRoute(rest.to_owned())),
             _ => Self::WORDS
@@ -266,6 +345,10 @@ mod tests {
             ("oom-kill", Status::Failed, 1),
             ("reply-too-large", Status::Failed, 1),
             ("template-error", Status::Failed, 1),
+            ("role-stalled", Status::Failed, 1),
+            ("bad-reply", Status::Failed, 1),
+            ("bad-route", Status::Failed, 1),
+            ("llm-error:rate-limited", Status::Failed, 1),
             ("no-route:done", Status::Failed, 1),
             ("max-rounds", Status::Failed, 2),
             ("timeout", Status::Failed, 124),
@@ -293,6 +376,7 @@ mod tests {
             "exit-code:",
             "exit-code:x",
             "worker-exit",
+            "llm-error:odd",
             "oom",
         ] {
             assert!(bad.parse::<RunResult>().is_err(), "{bad}");

@@ -8,9 +8,10 @@ use sha2::{Digest as _, Sha256};
 
 use super::hex::hex;
 use super::limits;
-use super::message::{ERROR, OK};
+use super::message::ERROR;
 use super::name::{RoleName, WorkflowName};
 use super::retention::Retention;
+use super::role::{Moderator, Role};
 use super::run::Digest;
 
 /// A workflow together with the text it was read from: what a run pins.
@@ -47,8 +48,8 @@ pub struct Workflow {
     pub retention: Retention,
     /// The kinds of work.
     pub roles: BTreeMap<RoleName, Role>,
-    /// Who comes after whom.
-    pub graph: Graph,
+    /// Who says who comes after whom.
+    pub routing: Routing,
     /// How the worker unit differs from the default.
     pub worker: WorkerSettings,
 }
@@ -73,19 +74,6 @@ pub enum OnFull {
     Refuse,
 }
 
-/// One kind of work: a command.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Role {
-    /// argv; no shell.
-    pub exec: Vec<String>,
-    /// Template of what it reads on stdin; without one stdin is empty.
-    pub prompt: Option<String>,
-    /// A round that takes longer is an `error`.
-    pub timeout: Option<Duration>,
-    /// Absolute; without one the run's own directory.
-    pub cwd: Option<String>,
-}
-
 /// Where a status leads.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Target {
@@ -93,6 +81,17 @@ pub enum Target {
     Role(RoleName),
     /// To the end of the run.
     End,
+}
+
+/// Who says what comes next.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Routing {
+    /// A table.
+    Graph(Graph),
+    /// A command, after each round.
+    Moderator(Moderator),
+    /// The workflow's own worker, to nobody.
+    Worker,
 }
 
 /// The routing table.
@@ -141,6 +140,10 @@ pub struct WorkerSettings {
     pub start_limit_interval: Option<Duration>,
     /// …it may die so often before the workflow is blocked.
     pub start_limit_burst: Option<u32>,
+    /// argv of the workflow's own worker, instead of the stock worker.
+    pub exec: Vec<String>,
+    /// The credentials that its roles need. A definition names them where it uses them, or its providers do.
+    pub credentials: BTreeSet<String>,
 }
 
 impl WorkerSettings {
@@ -177,7 +180,7 @@ pub enum Fault {
     /// No way leads from `$START` to this role.
     Unreachable(RoleName),
     /// This role can end so and no route says what follows.
-    MissingRoute(RoleName, &'static str),
+    MissingRoute(RoleName, String),
     /// This role never ends so.
     UnknownStatus(RoleName, String),
     /// A route names a role that does not exist; `None` is `$START`.
@@ -189,63 +192,66 @@ pub enum Fault {
 }
 
 impl Workflow {
-    /// Proves the graph; returns everything that is wrong with it.
+    /// Proves the graph; returns everything that is wrong with it. What routes otherwise can only be checked as it goes.
     #[must_use]
     pub fn check(&self) -> Vec<Fault> {
+        let Routing::Graph(graph) = &self.routing else {
+            return Vec::new();
+        };
         let mut faults = Vec::new();
         let unknown = |target: &Target| match target {
             Target::Role(role) if !self.roles.contains_key(role) => Some(role.clone()),
             _ => None,
         };
-        if let Some(role) = unknown(&self.graph.start) {
+        if let Some(role) = unknown(&graph.start) {
             faults.push(Fault::UnknownTarget(None, role));
         }
-        for (role, routes) in &self.graph.routes {
-            if !self.roles.contains_key(role) {
-                faults.push(Fault::UnknownRole(role.clone()));
+        for (name, routes) in &graph.routes {
+            let Some(role) = self.roles.get(name) else {
+                faults.push(Fault::UnknownRole(name.clone()));
                 continue;
-            }
+            };
             for (status, target) in routes {
-                if status != OK && status != ERROR {
-                    faults.push(Fault::UnknownStatus(role.clone(), status.clone()));
+                if status != ERROR && !role.statuses().any(|known| known == status) {
+                    faults.push(Fault::UnknownStatus(name.clone(), status.clone()));
                 }
                 if let Some(missing) = unknown(target) {
                     faults.push(Fault::UnknownTarget(
-                        Some((role.clone(), status.clone())),
+                        Some((name.clone(), status.clone())),
                         missing,
                     ));
                 }
             }
         }
-        let (reachable, ends) = self.reachable();
-        for role in self.roles.keys() {
-            if !reachable.contains(role) {
-                faults.push(Fault::Unreachable(role.clone()));
-            } else if self.graph.route(role, OK).is_none() {
-                faults.push(Fault::MissingRoute(role.clone(), OK));
+        let (reachable, ends) = graph.reachable();
+        for (name, role) in &self.roles {
+            if !reachable.contains(name) {
+                faults.push(Fault::Unreachable(name.clone()));
+                continue;
             }
+            let missing = role
+                .statuses()
+                .filter(|status| graph.route(name, status).is_none());
+            faults.extend(missing.map(|status| Fault::MissingRoute(name.clone(), status.into())));
         }
         if !ends && faults.is_empty() {
             faults.push(Fault::Endless);
         }
         faults
     }
+}
 
+impl Graph {
     /// The roles that can be reached from the start, and whether `$END` can.
     fn reachable(&self) -> (BTreeSet<&RoleName>, bool) {
         let (mut seen, mut ends) = (BTreeSet::new(), false);
-        let mut waiting = vec![&self.graph.start];
+        let mut waiting = vec![&self.start];
         while let Some(target) = waiting.pop() {
             match target {
                 Target::End => ends = true,
                 Target::Role(role) if seen.insert(role) => {
-                    waiting.extend(
-                        self.graph
-                            .routes
-                            .get(role)
-                            .into_iter()
-                            .flat_map(BTreeMap::values),
-                    );
+                    let routes = self.routes.get(role).into_iter();
+                    waiting.extend(routes.flat_map(BTreeMap::values));
                 }
                 Target::Role(_) => {}
             }

@@ -21,8 +21,8 @@ use crate::model::exit::{Exit, signal_name};
 use crate::model::limits;
 use crate::model::message::{ERROR, Message, OK};
 use crate::model::name::{RoleName, RunId};
+use crate::model::role::Role;
 use crate::model::status::RunResult;
-use crate::model::workflow::Role;
 use crate::os::cgroup::Cgroup;
 use crate::os::clock;
 use crate::os::process::{self, Child, Command};
@@ -57,6 +57,8 @@ pub(super) struct Round<'a> {
     pub cgroup: &'a Cgroup,
     pub name: &'a RoleName,
     pub role: &'a Role,
+    /// What is executed.
+    pub argv: &'a [String],
     pub directory: &'a Path,
     /// What it reads on stdin.
     pub prompt: Option<String>,
@@ -89,7 +91,7 @@ impl Round<'_> {
             Ok(started) => started,
             Err(error) => {
                 let why = if self.directory.is_dir() {
-                    let program = self.role.exec.first().map_or("", String::as_str);
+                    let program = self.argv.first().map_or("", String::as_str);
                     format!("cannot execute {program}: {error}")
                 } else {
                     format!("cannot enter {}: {error}", self.directory.display())
@@ -142,7 +144,7 @@ impl Round<'_> {
         let (stderr, stderr_write) = process::pipe()?;
         let cgroup = self.cgroup.open()?;
         let command = Command {
-            argv: &self.role.exec,
+            argv: self.argv,
             environment: &self.environment,
             directory: self.directory,
             cgroup: cgroup.as_fd(),

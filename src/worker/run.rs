@@ -17,6 +17,7 @@ use crate::model::limits;
 use crate::model::message::{Message, Position};
 use crate::model::moderator::{self, Next};
 use crate::model::name::{RoleName, RunId};
+use crate::model::role::Work;
 use crate::model::run::Accepted;
 use crate::model::status::{RunResult, Status};
 use crate::model::workflow::Workflow;
@@ -190,8 +191,13 @@ impl Run {
             ]
             .map(|(key, value)| (key.to_owned(), value)),
         );
+        let Work::Exec(argv) = &role.work else {
+            let why = "this worker executes commands only";
+            return RoundEnd::Said(failure(name, &RunResult::ExecFailed, why));
+        };
         let round = Round {
             home: &self.home,
+            argv,
             run: self.id,
             cgroup: &self.cgroup,
             name,

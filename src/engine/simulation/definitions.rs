@@ -8,9 +8,10 @@ use super::random::Random;
 use crate::model::message::Message;
 use crate::model::name::WorkflowName;
 use crate::model::retention::Retention;
+use crate::model::role::Role;
 use crate::model::status::RunResult;
 use crate::model::workflow::{
-    Definition, Graph, OnFull, Overflow, Role, Target, WorkerSettings, Workflow,
+    Definition, Graph, OnFull, Overflow, Routing, Target, WorkerSettings, Workflow,
 };
 
 /// So many workflows there are.
@@ -27,12 +28,7 @@ pub(super) fn index(name: &WorkflowName) -> usize {
 
 /// A definition with settings that are worth telling apart; `number` makes its digest.
 pub(super) fn any(workflow: usize, number: u32, random: &mut Random) -> Arc<Definition> {
-    let role = Role {
-        exec: vec!["x".into()],
-        prompt: None,
-        timeout: None,
-        cwd: None,
-    };
+    let role = Role::command(vec!["x".into()]);
     let (a, b) = ("a".parse().unwrap(), "b".parse().unwrap());
     let to = |role: &str| Target::Role(role.parse().unwrap());
     let routes = [
@@ -69,10 +65,10 @@ pub(super) fn any(workflow: usize, number: u32, random: &mut Random) -> Arc<Defi
             roles: ["a", "b"]
                 .map(|name| (name.parse().unwrap(), role.clone()))
                 .into(),
-            graph: Graph {
+            routing: Routing::Graph(Graph {
                 start: to("a"),
                 routes: routes.into(),
-            },
+            }),
             worker: WorkerSettings {
                 nice: random.pick(&[None, None, None, Some(1)]),
                 start_limit_burst: random.pick(&[None, None, Some(2), Some(4)]),
