@@ -28,6 +28,7 @@ use crate::model::audit::Audit;
 use crate::model::message::Message;
 use crate::model::name::RunId;
 use crate::model::run::{Run, RunEvent};
+use crate::model::tools::Tools;
 use crate::os::clock;
 use crate::store::{self, Store};
 use crate::worker::protocol::{Assignment, ToWorker, VERSION};
@@ -494,6 +495,7 @@ fn assignment(dispatch: &Dispatch, thread: Vec<Message>) -> Vec<ToWorker> {
         created_at: start.timestamp,
         timeout_ms: dispatch.timeout_us.map(|us| us / 1_000),
         workflow: dispatch.definition.source.clone(),
+        tools: Tools::default(),
     };
     if dispatch.attempt == 1 && dispatch.rounds == 0 {
         return vec![ToWorker::StartThread(assignment)];

@@ -34,6 +34,8 @@ pub const ATTEMPTS: u32 = 100;
 pub const BACKOFF: Duration = Duration::from_secs(86_400);
 /// Most correction turns of an attempt.
 pub const CORRECTIONS: u32 = 2;
+/// A chat completion that takes longer is given up, unless nerve.yaml says otherwise.
+pub const LLM_TIMEOUT: Duration = Duration::from_secs(600);
 /// Largest `max_tokens`.
 pub const MAX_TOKENS: u32 = 100_000_000;
 /// Longest name of a provider, an agent or a credential.

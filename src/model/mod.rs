@@ -17,5 +17,6 @@ pub mod role;
 pub mod run;
 pub mod status;
 pub mod time;
+pub mod tools;
 pub mod worker;
 pub mod workflow;

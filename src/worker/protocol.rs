@@ -13,6 +13,7 @@ use crate::model::limits;
 use crate::model::message::Message;
 use crate::model::name::{RunId, WorkflowName};
 use crate::model::status::RunResult;
+use crate::model::tools::Tools;
 
 /// The version this is.
 pub const VERSION: u32 = 1;
@@ -132,6 +133,9 @@ pub struct Assignment {
     pub timeout_ms: Option<u64>,
     /// The definition, in the shape of its file.
     pub workflow: serde_json::Value,
+    /// What nerve.yaml has of the providers and agents that the definition names.
+    #[serde(default, flatten)]
+    pub tools: Tools,
 }
 
 /// Why a line could not be read.
