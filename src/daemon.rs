@@ -40,8 +40,8 @@ pub struct Settings {
     pub private: PathBuf,
     /// Definitions: the first directory that has a name wins.
     pub workflows: Vec<PathBuf>,
-    /// The engine's settings, with the directory `.d` beside it.
-    pub engine: PathBuf,
+    /// The engine's settings.
+    pub engine: settings::Places,
     /// Whose definitions and settings are taken.
     pub trust: Trust,
     /// `nerve-worker`.
@@ -63,7 +63,7 @@ impl Settings {
             socket: PathBuf::from("/run/nerve/worker.sock"),
             private: PathBuf::from(client::PRIVATE),
             workflows: directory::STANDARD.map(PathBuf::from).to_vec(),
-            engine: PathBuf::from(settings::STANDARD),
+            engine: settings::Places::of_system(),
             trust: Trust::RootOwned,
             worker: std::env::current_exe()?.with_file_name("nerve-worker"),
             bus: None,
@@ -152,6 +152,7 @@ pub async fn run(settings: Settings) -> Result<(), Error> {
         systemd: systemd.clone(),
         worker: settings.worker.clone(),
         socket: settings.socket.clone(),
+        tools: definitions.tools(),
     };
     let (running, queued) = engine.counts();
     let room = Room::new(settings.state.clone(), log);
@@ -204,8 +205,9 @@ fn recover(store: &Store, on_disk: &InForce, storage: Storage<'_>) -> Result<Eng
     let mut pins = HashMap::new();
     for started in runs.iter().filter_map(|run| run.started()) {
         if !pins.contains_key(&started.definition)
-            && let Some(definition) =
-                definitions::stored(store, &started.definition).map_err(storage)?
+            && let Some(definition) = on_disk
+                .stored(store, &started.definition)
+                .map_err(storage)?
         {
             pins.insert(started.definition.clone(), definition);
         }

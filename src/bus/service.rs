@@ -483,7 +483,10 @@ pub(super) mod tests {
         let mut store = Store::open(directory).unwrap();
         let places = Places {
             workflows: vec![],
-            settings: directory.join("nerve.yaml"),
+            settings: crate::config::settings::Places {
+                vendor: directory.join("vendor"),
+                file: directory.join("nerve.yaml"),
+            },
             trust: Trust::Anyone,
         };
         let (_, definitions) = Keeper::load(places, &mut store).unwrap();
@@ -506,6 +509,7 @@ pub(super) mod tests {
             systemd: systemd.clone(),
             worker: PathBuf::new(),
             socket: PathBuf::new(),
+            tools: watch::channel(Arc::default()).1,
         };
         let room = Room::new(PathBuf::from("/"), store::Log::default());
         let (driver, handle) = Driver::new(

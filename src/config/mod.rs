@@ -18,6 +18,7 @@ pub mod settings;
 pub mod template;
 mod template_shape;
 pub mod time;
+mod tools;
 pub mod unit_settings;
 mod unit_syntax;
 mod work;

@@ -11,14 +11,23 @@ use super::diagnostic::{Diagnostic, Severity};
 use super::directory::{self, Found, Trust};
 use super::reader::Reader;
 use super::retention;
+use super::tools;
 use crate::model::limits;
 use crate::model::retention::Retention;
+use crate::model::tools::Tools;
 
-const KEYS: [&str; 3] = ["max_active", "archive", "retention"];
+const KEYS: [&str; 6] = [
+    "max_active",
+    "max_rounds",
+    "archive",
+    "retention",
+    "providers",
+    "agents",
+];
 const ARCHIVE_KEYS: [&str; 1] = ["compress"];
 
 /// What nerve.yaml may say. What no file says is `None`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Settings {
     /// Most runs at a time over all workflows; without one there is no limit.
     pub max_active: Option<u32>,
@@ -26,6 +35,10 @@ pub struct Settings {
     pub compressed: Option<bool>,
     /// How long runs are kept, where their workflow says nothing else.
     pub retention: Retention,
+    /// Rounds after which a run ends 2, where neither its start nor its workflow says otherwise.
+    pub max_rounds: Option<u32>,
+    /// What roles may use.
+    pub tools: Tools,
 }
 
 impl Settings {
@@ -35,6 +48,8 @@ impl Settings {
             max_active: later.max_active.or(self.max_active),
             compressed: later.compressed.or(self.compressed),
             retention: later.retention.or(self.retention),
+            max_rounds: later.max_rounds.or(self.max_rounds),
+            tools: self.tools.beaten_by(later.tools),
         }
     }
 }
@@ -50,6 +65,28 @@ pub struct Loaded {
 
 /// Where the engine's settings are.
 pub const STANDARD: &str = "/etc/nerve/nerve.yaml";
+/// Where those are that come with nerve and with other packages.
+pub const VENDOR: &str = "/usr/lib/nerve/nerve.yaml.d";
+
+/// Where settings are looked for.
+#[derive(Debug, Clone)]
+pub struct Places {
+    /// A directory whose files are beaten by all others.
+    pub vendor: PathBuf,
+    /// nerve.yaml; the directory [`drop_ins`] is beside it.
+    pub file: PathBuf,
+}
+
+impl Places {
+    /// Those of the system.
+    #[must_use]
+    pub fn of_system() -> Self {
+        Self {
+            vendor: VENDOR.into(),
+            file: STANDARD.into(),
+        }
+    }
+}
 
 /// The directory beside a settings file whose files beat it: its path with `.d`.
 #[must_use]
@@ -59,17 +96,20 @@ pub fn drop_ins(file: &Path) -> PathBuf {
     path.into()
 }
 
-/// Reads `file`, then the files of [`drop_ins`] in the order of their names; a later one beats an earlier one. What does
-/// not exist, is empty or links to /dev/null says nothing.
+/// Reads the vendor's files, then `file`, then the files of [`drop_ins`], each directory in the order of names; a later one
+/// beats an earlier one, and a drop-in hides the vendor's file of its name. What does not exist, is empty or links to
+/// /dev/null says nothing.
 #[must_use]
-pub fn load(file: &Path, trust: Trust) -> Loaded {
+pub fn load(places: &Places, trust: Trust) -> Loaded {
     let mut loaded = Loaded::default();
     let exists = |path: &Path| {
         !fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
     };
-    let mut paths: Vec<PathBuf> = Vec::new();
-    paths.extend(exists(file).then(|| file.to_owned()));
-    paths.extend(directory::listing(&drop_ins(file), &mut loaded.diagnostics));
+    let own = directory::listing(&drop_ins(&places.file), &mut loaded.diagnostics);
+    let mut paths = directory::listing(&places.vendor, &mut loaded.diagnostics);
+    paths.retain(|path| !own.iter().any(|own| own.file_name() == path.file_name()));
+    paths.extend(exists(&places.file).then(|| places.file.clone()));
+    paths.extend(own);
     for path in paths {
         match directory::read(&path, trust) {
             Found::Mask => {}
@@ -113,6 +153,9 @@ fn read(reader: &mut Reader, bytes: &[u8]) -> Option<Settings> {
     let max_active = fields
         .get("max_active")
         .and_then(|entry| reader.integer(&entry.value, "max_active", 1..=limits::MAX_ACTIVE));
+    let max_rounds = fields
+        .get("max_rounds")
+        .and_then(|entry| reader.integer(&entry.value, "max_rounds", 1..=limits::MAX_ROUNDS));
     let compressed = fields.get("archive").and_then(|entry| {
         let fields = reader.fields(&entry.value, "archive", &ARCHIVE_KEYS)?;
         let choices = [("none", false), ("zstd", true)];
@@ -125,6 +168,8 @@ fn read(reader: &mut Reader, bytes: &[u8]) -> Option<Settings> {
         max_active,
         compressed,
         retention: retention.unwrap_or_default(),
+        max_rounds,
+        tools: tools::read(reader, fields),
     })
 }
 
@@ -134,15 +179,23 @@ mod tests {
 
     use super::*;
 
-    /// A nerve.yaml and its drop-ins.
+    fn at(file: &Path) -> Places {
+        Places {
+            vendor: file.with_file_name("vendor"),
+            file: file.to_owned(),
+        }
+    }
+
+    /// A nerve.yaml, its drop-ins, and what the vendor has.
     fn load_all(files: &[(&str, &str)]) -> Loaded {
         let root = tempfile::tempdir().unwrap();
         let file = root.path().join("nerve.yaml");
         fs::create_dir(drop_ins(&file)).unwrap();
+        fs::create_dir(root.path().join("vendor")).unwrap();
         for (name, text) in files {
             fs::write(root.path().join(name), text).unwrap();
         }
-        let mut loaded = load(&file, Trust::Anyone);
+        let mut loaded = load(&at(&file), Trust::Anyone);
         for diagnostic in &mut loaded.diagnostics {
             let path = Path::new(&diagnostic.path);
             diagnostic.path = path
@@ -162,7 +215,7 @@ mod tests {
     fn without_a_file_there_is_no_limit() {
         let root = tempfile::tempdir().unwrap();
         for file in ["nerve.yaml", "none/nerve.yaml"] {
-            let loaded = load(&root.path().join(file), Trust::Anyone);
+            let loaded = load(&at(&root.path().join(file)), Trust::Anyone);
             assert_eq!(loaded.settings, Settings::default());
             assert_eq!(says(&loaded), [""; 0]);
         }
@@ -190,6 +243,51 @@ mod tests {
         let several = load_all(&files);
         assert_eq!(several.settings.max_active, Some(2));
         assert_eq!(says(&several), [""; 0]);
+    }
+
+    #[test]
+    fn tools_come_by_name_and_an_own_file_hides_the_vendors() {
+        let agents = "agents: {a: {exec: [a]}, b: {exec: [b], reply: {jsonl: /t, where: {/type: done}}, usage: {n: /n}}}";
+        let providers = "max_rounds: 7\nproviders: {p: {base_url: 'http://h/v1/', model: m, api_key: {credential: k}, timeout: 1min}}";
+        let files = [
+            ("vendor/agents.yaml", agents),
+            ("nerve.yaml", providers),
+            (
+                "nerve.yaml.d/other.yaml",
+                "agents: {a: {exec: [z], prompt: argument}}",
+            ),
+        ];
+        let loaded = load_all(&files);
+        assert_eq!(says(&loaded), [""; 0]);
+        let tools = loaded.settings.tools;
+        assert_eq!(tools.agents["a"].exec, ["z"]);
+        assert_eq!(tools.agents["b"].usage["n"], "/n");
+        let provider = &tools.providers["p"];
+        assert_eq!(
+            (provider.base_url.as_str(), provider.timeout_ms),
+            ("http://h/v1", 60_000)
+        );
+        assert!(tools.credentials().eq(["k"]));
+        assert_eq!(loaded.settings.max_rounds, Some(7));
+        let hidden = load_all(&[files[0], ("nerve.yaml.d/agents.yaml", "# none")]);
+        assert_eq!(hidden.settings, Settings::default());
+    }
+
+    #[test]
+    fn a_key_in_the_file_is_refused_and_not_quoted() {
+        let text = "providers: {p: {base_url: 'ftp://x', api_key: sk-secret}, 'a b': {}}\nagents: {c: {exec: [x], reply: {json: x}}}";
+        let loaded = load_all(&[("nerve.yaml", text)]);
+        let said = says(&loaded).join("\n");
+        for expected in [
+            "/etc/credstore/NAME",
+            "begins with https://",
+            "has no base_url",
+            "a name has letters",
+            "begin it with /",
+        ] {
+            assert!(said.contains(expected), "{said}");
+        }
+        assert!(!said.contains("secret"), "{said}");
     }
 
     #[test]
@@ -238,7 +336,7 @@ mod tests {
         assert_eq!(loaded.settings.max_active, Some(3));
         let expected = [
             "nerve.yaml.d/a.yaml:2:1: error: unknown key \"max_actve\" in a settings file (did you mean max_active?)",
-            "nerve.yaml.d/a.yaml:3:1: error: unknown key \"unheard_of\" in a settings file (the keys of a settings file are max_active, archive, retention)",
+            "nerve.yaml.d/a.yaml:3:1: error: unknown key \"unheard_of\" in a settings file (the keys of a settings file are max_active, max_rounds, archive, retention, providers, agents)",
             "nerve.yaml.d/b.yaml:1:13: error: max_active is \"0\" (write a whole number from 1 to 100000)",
             "nerve.yaml.d/c.yaml:1:13: error: max_active is \"100001\"",
             "nerve.yaml.d/d.yaml:2:1: error: \"max_active\" is here twice",
@@ -258,11 +356,11 @@ mod tests {
         let file = root.path().join("nerve.yaml");
         symlink("nowhere", &file).unwrap();
         fs::write(drop_ins(&file), "no directory").unwrap();
-        let loaded = load(&file, Trust::Anyone);
+        let loaded = load(&at(&file), Trust::Anyone);
         assert_eq!(loaded.diagnostics.len(), 2, "{:?}", says(&loaded));
         fs::remove_file(&file).unwrap();
         symlink("/dev/null", &file).unwrap();
-        let nulled = load(&file, Trust::Anyone);
+        let nulled = load(&at(&file), Trust::Anyone);
         assert_eq!(nulled.diagnostics.len(), 1, "{:?}", says(&nulled));
     }
 
@@ -273,7 +371,7 @@ mod tests {
         let file = root.path().join("nerve.yaml");
         fs::write(&file, "max_active: 3\n").unwrap();
         fs::set_permissions(&file, fs::Permissions::from_mode(0o666)).unwrap();
-        let loaded = load(&file, Trust::RootOwned);
+        let loaded = load(&at(&file), Trust::RootOwned);
         assert_eq!(loaded.settings, Settings::default());
         assert!(says(&loaded)[0].contains("not trusted"), "{loaded:?}");
     }

@@ -46,7 +46,7 @@ struct Settings {
     /// The directories of definitions; the first wins.
     definitions: Vec<PathBuf>,
     /// The engine's settings.
-    engine: PathBuf,
+    engine: settings::Places,
 }
 
 impl Default for Settings {
@@ -60,7 +60,7 @@ impl Default for Settings {
                 bus: None,
             },
             definitions: definitions.map(PathBuf::from).to_vec(),
-            engine: PathBuf::from(settings::STANDARD),
+            engine: settings::Places::of_system(),
         }
     }
 }

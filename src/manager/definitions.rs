@@ -22,6 +22,7 @@ use crate::model::audit::{Audit, Verb};
 use crate::model::name::WorkflowName;
 use crate::model::retention::Policy;
 use crate::model::run::Caller;
+use crate::model::tools::Tools;
 use crate::model::workflow::Definition;
 use crate::os::clock;
 use crate::os::watch::Watch;
@@ -43,8 +44,8 @@ type Request = oneshot::Sender<Vec<String>>;
 pub struct Places {
     /// Definitions: the first directory that has a name wins.
     pub workflows: Vec<PathBuf>,
-    /// The engine's settings, with the directory `.d` beside it.
-    pub settings: PathBuf,
+    /// The engine's settings.
+    pub settings: settings::Places,
     /// Whose files are taken.
     pub trust: Trust,
 }
@@ -59,9 +60,10 @@ impl Places {
 
     /// Watches them; without a watch changes are taken on request only.
     fn watch(&self) -> Option<Watch> {
-        let drop_ins = settings::drop_ins(&self.settings);
+        let settings::Places { vendor, file } = &self.settings;
+        let drop_ins = settings::drop_ins(file);
         let workflows = self.workflows.iter().map(PathBuf::as_path);
-        let settings = self.settings.parent().into_iter().chain([&*drop_ins]);
+        let settings = file.parent().into_iter().chain([&*drop_ins, vendor]);
         match Watch::new(workflows.chain(settings)) {
             Ok(watch) => Some(watch),
             Err(error) => {
@@ -79,6 +81,9 @@ pub struct InForce {
     pub workflows: BTreeMap<WorkflowName, Known>,
     /// Most runs at a time over all workflows.
     pub max_active: Option<u32>,
+    /// Of runs whose workflow does not say.
+    max_rounds: Option<u32>,
+    tools: Arc<Tools>,
     files: Files,
     policy: Policy,
     /// All that is wrong with the files, in their order.
@@ -90,8 +95,12 @@ impl InForce {
     fn is_same(&self, other: &Self) -> bool {
         let of_known = |known: &Known| {
             let definition = known.definition.as_ref();
-            let digest = definition.map(|definition| definition.digest.clone());
-            (digest, known.fault.clone())
+            let identity = definition.map(|definition| {
+                let workflow = &definition.workflow;
+                let of_settings = (workflow.max_rounds, workflow.worker.digest());
+                (definition.digest.clone(), of_settings)
+            });
+            (identity, known.fault.clone())
         };
         let is_same = |((name, known), (other_name, other)): ((_, &Known), (_, &Known))| {
             name == other_name && of_known(known) == of_known(other)
@@ -99,6 +108,35 @@ impl InForce {
         self.max_active == other.max_active
             && self.workflows.len() == other.workflows.len()
             && self.workflows.iter().zip(&other.workflows).all(is_same)
+    }
+
+    /// A definition with what the engine's settings say of it where it is silent.
+    fn completed(&self, mut definition: Definition) -> Definition {
+        let workflow = &mut definition.workflow;
+        workflow.max_rounds = workflow.max_rounds.or(self.max_rounds);
+        let tools = self.tools.of(workflow);
+        let credentials = tools.credentials().cloned();
+        workflow.worker.credentials.extend(credentials);
+        definition
+    }
+
+    /// A definition that the store has. One that this version cannot read any more is said so, and is not there.
+    ///
+    /// # Errors
+    /// When the database cannot be read, or has none of this digest.
+    pub fn stored(
+        &self,
+        store: &Store,
+        digest: &str,
+    ) -> Result<Option<Arc<Definition>>, store::Error> {
+        let parsed = definition::parse(digest, None, &store.definition(digest)?);
+        if parsed.definition.is_none() {
+            for diagnostic in &parsed.diagnostics {
+                tracing::error!("a stored definition cannot be used: {diagnostic}");
+            }
+        }
+        let definition = parsed.definition;
+        Ok(definition.map(|definition| Arc::new(self.completed(definition))))
     }
 
     /// Logs what is wrong and was not before.
@@ -122,6 +160,7 @@ pub struct Definitions {
     requests: mpsc::Sender<Request>,
     files: watch::Receiver<Arc<Files>>,
     policy: watch::Receiver<Arc<Policy>>,
+    tools: watch::Receiver<Arc<Tools>>,
 }
 
 impl Definitions {
@@ -138,6 +177,12 @@ impl Definitions {
     #[must_use]
     pub fn files(&self) -> Arc<Files> {
         Arc::clone(&self.files.borrow())
+    }
+
+    /// What roles may use, as it is now and as it changes.
+    #[must_use]
+    pub fn tools(&self) -> watch::Receiver<Arc<Tools>> {
+        self.tools.clone()
     }
 
     /// What is kept of which workflow.
@@ -169,6 +214,7 @@ pub struct Keeper {
     requests: mpsc::Receiver<Request>,
     files: watch::Sender<Arc<Files>>,
     policy: watch::Sender<Arc<Policy>>,
+    tools: watch::Sender<Arc<Tools>>,
 }
 
 impl Keeper {
@@ -185,6 +231,7 @@ impl Keeper {
         let (sender, requests) = mpsc::channel(REQUESTS);
         let (files, receiver) = watch::channel(Arc::new(in_force.files.clone()));
         let (policy, policy_receiver) = watch::channel(Arc::new(in_force.policy.clone()));
+        let (tools, tools_receiver) = watch::channel(Arc::clone(&in_force.tools));
         let keeper = Self {
             places,
             watch,
@@ -192,11 +239,13 @@ impl Keeper {
             requests,
             files,
             policy,
+            tools,
         };
         let definitions = Definitions {
             requests: sender,
             files: receiver,
             policy: policy_receiver,
+            tools: tools_receiver,
         };
         Ok((keeper, definitions))
     }
@@ -268,6 +317,10 @@ impl Keeper {
             self.policy
                 .send_replace(Arc::new(self.in_force.policy.clone()));
         }
+        // Before the workflows that may need them.
+        if before.tools != self.in_force.tools {
+            self.tools.send_replace(Arc::clone(&self.in_force.tools));
+        }
         if self.in_force.is_same(&before) {
             return Ok(());
         }
@@ -315,11 +368,14 @@ fn take(
     (loaded, settings): (directory::Loaded, settings::Loaded),
     before: &InForce,
 ) -> Result<InForce, store::Error> {
+    let engine = settings.settings;
     let mut after = InForce {
-        max_active: settings.settings.max_active,
+        max_active: engine.max_active,
+        max_rounds: engine.max_rounds,
+        tools: Arc::new(engine.tools),
         policy: Policy {
-            compressed: settings.settings.compressed.unwrap_or(false),
-            retention: settings.settings.retention,
+            compressed: engine.compressed.unwrap_or(false),
+            retention: engine.retention,
             of_workflows: BTreeMap::new(),
         },
         diagnostics: settings.diagnostics,
@@ -331,17 +387,14 @@ fn take(
             .workflows
             .get(&name)
             .and_then(|known| known.definition.clone());
-        let definition = keep(store, &mut file, last.as_ref())?;
+        let definition = keep(store, &mut file, &after, last.as_ref())?;
         let known = match definition {
             Some(definition) => Known {
                 definition: Some(definition),
                 fault: None,
             },
             None => Known {
-                definition: match last {
-                    Some(last) => Some(last),
-                    None => last_good(store, &name)?,
-                },
+                definition: last_good(store, &name, &after)?,
                 fault: Some(
                     errors(&file.parsed.diagnostics)
                         .collect::<Vec<_>>()
@@ -364,12 +417,14 @@ fn take(
 fn keep(
     store: &mut Store,
     file: &mut File,
+    in_force: &InForce,
     last: Option<&Arc<Definition>>,
 ) -> Result<Option<Arc<Definition>>, store::Error> {
     let Some(definition) = file.parsed.definition.take() else {
         return Ok(None);
     };
-    if let Some(last) = last.filter(|last| last.digest == definition.digest) {
+    let definition = in_force.completed(definition);
+    if let Some(last) = last.filter(|last| ***last == definition) {
         return Ok(Some(Arc::clone(last)));
     }
     match store.put_definition(&definition, &file.bytes) {
@@ -393,24 +448,11 @@ fn keep(
 fn last_good(
     store: &Store,
     workflow: &WorkflowName,
+    in_force: &InForce,
 ) -> Result<Option<Arc<Definition>>, store::Error> {
     let digest = store.last_definition(workflow)?;
-    let definition = digest.map(|digest| stored(store, &digest));
+    let definition = digest.map(|digest| in_force.stored(store, &digest));
     Ok(definition.transpose()?.flatten())
-}
-
-/// A definition that the store has. One that this version cannot read any more is said so, and is not there.
-///
-/// # Errors
-/// When the database cannot be read, or has none of this digest.
-pub fn stored(store: &Store, digest: &str) -> Result<Option<Arc<Definition>>, store::Error> {
-    let parsed = definition::parse(digest, None, &store.definition(digest)?);
-    if parsed.definition.is_none() {
-        for diagnostic in &parsed.diagnostics {
-            tracing::error!("a stored definition cannot be used: {diagnostic}");
-        }
-    }
-    Ok(parsed.definition.map(Arc::new))
 }
 
 #[cfg(test)]
@@ -435,7 +477,10 @@ mod tests {
     fn places(root: &Path) -> Places {
         Places {
             workflows: vec![root.join("etc/workflows"), root.join("lib")],
-            settings: root.join("etc/nerve.yaml"),
+            settings: settings::Places {
+                vendor: root.join("usr/nerve.yaml.d"),
+                file: root.join("etc/nerve.yaml"),
+            },
             trust: Trust::Anyone,
         }
     }

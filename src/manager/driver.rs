@@ -338,7 +338,8 @@ impl Driver {
                         Some(Err(detail)) => damaged.push((dispatch.run, detail)),
                         thread => {
                             let thread = thread.and_then(Result::ok).unwrap_or_default();
-                            self.tell(link, &assignment(&dispatch, thread));
+                            let tools = self.hands.tools(&dispatch.definition.workflow);
+                            self.tell(link, &assignment(&dispatch, tools, thread));
                         }
                     }
                 }
@@ -478,7 +479,7 @@ fn read_threads(store: &Store, runs: &[RunId]) -> Result<Threads, store::Error> 
 }
 
 /// The frames that give a run to a worker: a start, or a resume with its rounds.
-fn assignment(dispatch: &Dispatch, thread: Vec<Message>) -> Vec<ToWorker> {
+fn assignment(dispatch: &Dispatch, tools: Tools, thread: Vec<Message>) -> Vec<ToWorker> {
     let run_id = dispatch.run;
     let mut thread = thread.into_iter();
     let Some(mut start) = thread.next() else {
@@ -495,7 +496,7 @@ fn assignment(dispatch: &Dispatch, thread: Vec<Message>) -> Vec<ToWorker> {
         created_at: start.timestamp,
         timeout_ms: dispatch.timeout_us.map(|us| us / 1_000),
         workflow: dispatch.definition.source.clone(),
-        tools: Tools::default(),
+        tools,
     };
     if dispatch.attempt == 1 && dispatch.rounds == 0 {
         return vec![ToWorker::StartThread(assignment)];

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -11,8 +12,9 @@ use super::handle::Handle;
 use crate::engine::{Event, Input, Staged};
 use crate::model::limits;
 use crate::model::name::{RunId, WorkflowName};
+use crate::model::tools::Tools;
 use crate::model::worker::WorkerEvent;
-use crate::model::workflow::WorkerSettings;
+use crate::model::workflow::{WorkerSettings, Workflow};
 use crate::os::cgroup::Cgroup;
 use crate::os::journal;
 use crate::systemd::{StartError, Systemd, WorkerUnit, next_read};
@@ -29,6 +31,8 @@ pub struct World {
     pub worker: PathBuf,
     /// Where workers connect.
     pub socket: PathBuf,
+    /// What roles may use.
+    pub tools: watch::Receiver<Arc<Tools>>,
 }
 
 #[derive(Debug)]
@@ -40,6 +44,11 @@ pub(super) struct Hands {
 impl Hands {
     pub(super) fn new(world: World, handle: Handle) -> Self {
         Self { world, handle }
+    }
+
+    /// What a workflow's roles may use.
+    pub(super) fn tools(&self, workflow: &Workflow) -> Tools {
+        self.world.tools.borrow().of(workflow)
     }
 
     /// Has systemd start a worker unit.

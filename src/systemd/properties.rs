@@ -88,6 +88,7 @@ impl WorkerUnit<'_> {
             ("LogRateLimitBurst", 1_000_000_u32.into()),
         ];
         properties.extend(identity(self.workflow, settings));
+        properties.extend(credentials(settings, is_encrypted));
         properties.extend(resources(settings));
         properties
     }
@@ -131,6 +132,37 @@ fn dynamic_user(workflow: &WorkflowName) -> String {
     }
     let digest = Sha256::digest(workflow.as_str());
     format!("nw-{}", hex(&digest[..10]))
+}
+
+/// Each is looked for in systemd's credential stores; a worker starts without one that is not there, and its roles say so.
+fn credentials(
+    settings: &WorkerSettings,
+    is_encrypted: impl Fn(&str) -> bool,
+) -> Vec<(&'static str, Variant<'static>)> {
+    let (encrypted, plain): (Vec<_>, Vec<_>) = settings
+        .credentials
+        .iter()
+        .map(|name| (name.clone(), name.clone()))
+        .partition(|(name, _)| is_encrypted(name));
+    let lists = [
+        ("LoadCredential", plain),
+        ("LoadCredentialEncrypted", encrypted),
+    ];
+    let used = lists.into_iter().filter(|(_, list)| !list.is_empty());
+    used.map(|(property, list)| (property, list.into()))
+        .collect()
+}
+
+/// Whether an encrypted store has it; systemd has to be told.
+fn is_encrypted(name: &str) -> bool {
+    ["/etc", "/run", "/usr/local/lib", "/usr/lib"]
+        .iter()
+        .any(|root| {
+            Path::new(root)
+                .join("credstore.encrypted")
+                .join(name)
+                .exists()
+        })
 }
 
 fn resources(settings: &WorkerSettings) -> Vec<(&'static str, Variant<'static>)> {

@@ -134,6 +134,7 @@ async fn transitions_per_second(directory: &Path) -> Outcome<f64> {
         systemd,
         worker: PathBuf::new(),
         socket: PathBuf::new(),
+        tools: watch::channel(Arc::default()).1,
     };
     let (news, mut heard) = mpsc::unbounded_channel();
     let store = store::Handle::spawn(store)?;
