@@ -235,9 +235,12 @@ mod tests {
             max_backoff: Duration::from_secs(7),
             on: Vec::new(),
         };
-        let seconds = |attempt, jitter| retry.delay(attempt, jitter).as_secs_f64();
-        assert_eq!([1, 2, 3, 40].map(|n| seconds(n, 1.0)), [2.0, 4.0, 7.0, 7.0]);
-        assert_eq!([1, 2].map(|n| seconds(n, 0.0)), [1.0, 2.0]);
+        let millis = |attempt, jitter| retry.delay(attempt, jitter).as_millis();
+        assert_eq!(
+            [1, 2, 3, 40].map(|n| millis(n, 1.0)),
+            [2_000, 4_000, 7_000, 7_000]
+        );
+        assert_eq!([1, 2].map(|n| millis(n, 0.0)), [1_000, 2_000]);
     }
 
     #[test]
