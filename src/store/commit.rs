@@ -139,8 +139,8 @@ pub(super) fn without_long_text(event: &RunEvent) -> (Cow<'_, RunEvent>, Option<
 /// The row of a run that is new.
 fn insert(transaction: &Transaction<'_>, run: &Run, accepted: &Accepted) -> Result<(), Error> {
     let mut insert = transaction.prepare_cached(
-        "INSERT INTO workflow_runs (run, status, killing, aborting, exit_code, result, reason, rounds, max_rounds, definition,
-             started_at, ended_at, tail, workflow, dry_run, trigger, key, created_at)
+        "INSERT INTO workflow_runs (run, status, killing, aborting, reason, rounds, max_rounds, definition, started_at,
+             exit_code, result, ended_at, tail, workflow, dry_run, trigger, key, created_at)
          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18)",
     )?;
     let tail: String = run.id.to_string().chars().rev().collect();
@@ -157,16 +157,25 @@ fn insert(transaction: &Transaction<'_>, run: &Run, accepted: &Accepted) -> Resu
 }
 
 fn update(transaction: &Transaction<'_>, run: &Run) -> Result<(), Error> {
-    let mut update = transaction.prepare_cached(
-        "UPDATE workflow_runs SET status = ?2, killing = ?3, aborting = ?4, exit_code = ?5, result = ?6,
-             reason = ?7, rounds = ?8, max_rounds = ?9, definition = ?10, started_at = ?11, ended_at = ?12
+    let state = state(run);
+    // What changes at the end alone is in most of the indexes, each of which would be written anew.
+    let (end, changed) = match run.ended() {
+        Some(_) => (
+            ", exit_code = ?10, result = ?11, ended_at = ?12",
+            &state[..],
+        ),
+        None => ("", &state[..9]),
+    };
+    let mut update = transaction.prepare_cached(&format!(
+        "UPDATE workflow_runs SET status = ?2, killing = ?3, aborting = ?4, reason = ?5, rounds = ?6, max_rounds = ?7,
+             definition = ?8, started_at = ?9{end}
          WHERE run = ?1",
-    )?;
-    update.execute(params_from_iter(state(run)))?;
+    ))?;
+    update.execute(params_from_iter(changed))?;
     Ok(())
 }
 
-/// A run's id, and what of it changes.
+/// A run's id, what of it changes, and from the tenth on what changes at its end alone.
 fn state(run: &Run) -> [Value; 12] {
     let (started, ended) = (run.started(), run.ended());
     [
@@ -174,13 +183,13 @@ fn state(run: &Run) -> [Value; 12] {
         run.status().to_string().into(),
         run.is_killing().into(),
         run.is_aborting().into(),
-        ended.map(|(result, _)| result.end().1).into(),
-        ended.map(|(result, _)| result.to_string()).into(),
         run.reason().map(str::to_owned).into(),
         run.position().rounds.into(),
         run.max_rounds.into(),
         started.map(|started| started.definition.clone()).into(),
         started.map(|started| sql(started.at)).into(),
+        ended.map(|(result, _)| result.end().1).into(),
+        ended.map(|(result, _)| result.to_string()).into(),
         ended.map(|(_, at)| sql(at)).into(),
     ]
 }

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 use super::archive::Listed;
 use super::log::{AUDIT, Logged};
-use super::read::{self, EventRow, Round, RunRow, ThreadRange};
+use super::read::{self, EventRow, Round, Rounds, RunRow, ThreadRange};
 use super::{Blobs, Error, Handle, Store, cold};
 use crate::model::name::RunId;
 use crate::model::run::RunEvent;
@@ -205,13 +205,12 @@ impl Part {
             }
             Ok(())
         })?;
-        let newest_first = said.into_values().rev().map(Ok);
-        read::rounds(
-            newest_first,
-            id,
-            self.row.max_rounds,
-            range.bytes,
-            &self.blobs,
-        )
+        let mut rounds = Rounds::new(&self.row, id, range.bytes, &self.blobs);
+        for event in said.values().rev() {
+            if !rounds.add(event.into())? {
+                break;
+            }
+        }
+        Ok(rounds.finish())
     }
 }

@@ -8,7 +8,7 @@
 use rusqlite::{Connection, OptionalExtension as _, Row, Transaction, params};
 use sha2::{Digest as _, Sha256};
 
-use super::{Error, unsigned};
+use super::Error;
 
 /// Events of the engine: what happened to a run or to a workflow.
 pub const WORKFLOW: &str = "workflow";
@@ -133,19 +133,19 @@ pub struct Logged {
 }
 
 impl Logged {
-    /// The columns of `events` that [`Logged::of`] reads.
+    /// The columns of `events` that [`Logged::of`] reads, by their place here: a name would be looked for in every row.
     pub(super) const COLUMNS: &str = "seq, source, type, ref, payload, blob, at, hash";
 
     pub(super) fn of(row: &Row<'_>) -> rusqlite::Result<Self> {
         Ok(Self {
-            seq: unsigned(row, "seq")?,
-            source: row.get("source")?,
-            event_type: row.get("type")?,
-            reference: row.get("ref")?,
-            payload: row.get("payload")?,
-            blob: row.get("blob")?,
-            at: unsigned(row, "at")?,
-            hash: row.get("hash")?,
+            seq: row.get::<_, i64>(0)?.unsigned_abs(),
+            source: row.get(1)?,
+            event_type: row.get(2)?,
+            reference: row.get(3)?,
+            payload: row.get(4)?,
+            blob: row.get(5)?,
+            at: row.get::<_, i64>(6)?.unsigned_abs(),
+            hash: row.get(7)?,
         })
     }
 

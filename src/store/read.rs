@@ -142,18 +142,17 @@ struct Said {
     message: Message,
 }
 
-/// What an event says.
-fn parsed<T: DeserializeOwned>(event: &Logged) -> Result<T, Error> {
-    let parsed = serde_json::from_str(&event.payload);
-    parsed.map_err(|source| Error::Event {
-        seq: super::sql(event.seq),
+/// What the event of this number says.
+fn parsed<T: DeserializeOwned>(seq: u64, payload: &str) -> Result<T, Error> {
+    serde_json::from_str(payload).map_err(|source| Error::Event {
+        seq: super::sql(seq),
         source,
     })
 }
 
 /// The round of a message.
 pub(super) fn round_of(event: &Logged) -> Result<u32, Error> {
-    Ok(parsed::<Said>(event)?.round)
+    Ok(parsed::<Said>(event.seq, &event.payload)?.round)
 }
 
 /// An event without what is large and said elsewhere: the prompt, and what messages hold.
@@ -177,46 +176,100 @@ pub(super) fn shortened(event: &Logged) -> EventRow {
     }
 }
 
-/// The rounds that some events of a run are, oldest first: the newest of them, as long as they have no more than so many
-/// bytes, and at least one.
-pub(super) fn rounds(
-    newest_first: impl Iterator<Item = Result<Logged, Error>>,
+/// What of an event a thread is made of, where it stands: what is in it need not be copied before it is read.
+#[derive(Clone, Copy)]
+pub(super) struct Line<'a> {
+    seq: u64,
+    event_type: &'a str,
+    payload: &'a str,
+    blob: Option<&'a str>,
+    at: u64,
+}
+
+impl<'a> Line<'a> {
+    const COLUMNS: &'static str = "seq, type, payload, blob, at";
+
+    fn of(row: &'a Row<'_>) -> rusqlite::Result<Self> {
+        Ok(Self {
+            seq: row.get::<_, i64>(0)?.unsigned_abs(),
+            event_type: row.get_ref(1)?.as_str()?,
+            payload: row.get_ref(2)?.as_str()?,
+            blob: row.get_ref(3)?.as_str_or_null()?,
+            at: row.get::<_, i64>(4)?.unsigned_abs(),
+        })
+    }
+}
+
+impl<'a> From<&'a Logged> for Line<'a> {
+    fn from(event: &'a Logged) -> Self {
+        Self {
+            seq: event.seq,
+            event_type: &event.event_type,
+            payload: &event.payload,
+            blob: event.blob.as_deref(),
+            at: event.at,
+        }
+    }
+}
+
+/// The rounds that some events of a run are: the newest of them, as long as they have no more than so many bytes, and at
+/// least one.
+pub(super) struct Rounds<'a> {
     id: RunId,
     max_rounds: Option<u32>,
     most: Option<usize>,
-    blobs: &Blobs,
-) -> Result<Vec<Round>, Error> {
-    let (mut thread, mut bytes) = (Vec::new(), 0);
-    for logged in newest_first {
-        let logged = logged?;
-        bytes += logged.payload.len();
-        let text = logged.blob.as_ref();
-        let text = text.map(|digest| text_of(blobs, digest)).transpose()?;
-        bytes += text.as_ref().map_or(0, String::len);
-        let (round, message) = if logged.event_type == RunEvent::MESSAGE {
-            let Said { round, mut message } = parsed(&logged)?;
+    blobs: &'a Blobs,
+    bytes: usize,
+    newest_first: Vec<Round>,
+}
+
+impl<'a> Rounds<'a> {
+    pub(super) fn new(row: &RunRow, id: RunId, most: Option<usize>, blobs: &'a Blobs) -> Self {
+        Self {
+            id,
+            max_rounds: row.max_rounds,
+            most,
+            blobs,
+            bytes: 0,
+            newest_first: Vec::new(),
+        }
+    }
+
+    /// Takes the event before the one that it took last, and says whether there is room for it.
+    pub(super) fn add(&mut self, line: Line<'_>) -> Result<bool, Error> {
+        let text = line.blob.map(|digest| text_of(self.blobs, digest));
+        let text = text.transpose()?;
+        self.bytes += line.payload.len() + text.as_ref().map_or(0, String::len);
+        let (round, message) = if line.event_type == RunEvent::MESSAGE {
+            let Said { round, mut message } = parsed(line.seq, line.payload)?;
             message.content = text.unwrap_or(message.content);
             (round, message)
         } else {
-            let mut event = parsed::<RunEvent>(&logged)?;
+            let mut event = parsed::<RunEvent>(line.seq, line.payload)?;
             if let Some((place, text)) = event.text_mut().zip(text) {
                 *place = text;
             }
             match event {
                 RunEvent::Queued(accepted) => {
-                    (0, accepted.start_message(id, max_rounds, logged.at))
+                    let start = accepted.start_message(self.id, self.max_rounds, line.at);
+                    (0, start)
                 }
-                RunEvent::Imported(imported) => (0, imported.start_message(id)),
-                _ => continue,
+                RunEvent::Imported(imported) => (0, imported.start_message(self.id)),
+                _ => return Ok(true),
             }
         };
-        if most.is_some_and(|most| bytes > most) && !thread.is_empty() {
-            break;
+        let has_room = self.most.is_none_or(|most| self.bytes <= most);
+        if has_room || self.newest_first.is_empty() {
+            self.newest_first.push(Round { round, message });
         }
-        thread.push(Round { round, message });
+        Ok(has_room)
     }
-    thread.reverse();
-    Ok(thread)
+
+    /// Oldest first.
+    pub(super) fn finish(mut self) -> Vec<Round> {
+        self.newest_first.reverse();
+        self.newest_first
+    }
 }
 
 /// The text that an event has left to a blob.
@@ -276,7 +329,7 @@ impl Store {
             .map_or(0, |before| (row.rounds + 1).saturating_sub(before));
         let mut select = self.connection.prepare_cached(&format!(
             "SELECT {} FROM events WHERE ref = ?1 AND type IN (?2, ?3) ORDER BY seq DESC LIMIT ?4 OFFSET ?5",
-            Logged::COLUMNS
+            Line::COLUMNS
         ))?;
         let newer = range
             .after
@@ -289,12 +342,20 @@ impl Store {
         } else {
             RunEvent::MESSAGE
         };
-        let newest_first = select.query_map(
-            params![id.to_string(), RunEvent::MESSAGE, start, limit, skipped],
-            Logged::of,
-        )?;
-        let newest_first = newest_first.map(|event| event.map_err(Error::from));
-        rounds(newest_first, id, row.max_rounds, range.bytes, self.blobs())
+        let mut rows = select.query(params![
+            id.to_string(),
+            RunEvent::MESSAGE,
+            start,
+            limit,
+            skipped
+        ])?;
+        let mut rounds = Rounds::new(&row, id, range.bytes, self.blobs());
+        while let Some(row) = rows.next()? {
+            if !rounds.add(Line::of(row)?)? {
+                break;
+            }
+        }
+        Ok(rounds.finish())
     }
 
     /// The runs that have not ended, in the order in which they were accepted: those in the queue as their rows say,
