@@ -6,7 +6,8 @@
 //! | `runs_per_second` | 2,000 runs of `/bin/true`, warm worker, 8 `StartRun` in flight, until all are terminal and durable | 8 threads of posix_spawn and waitpid |
 //! | `start_to_exec_ms` | from sending `StartRun` to the role's first act, warm worker, p50 of 500 | the same program by posix_spawn |
 //! | `nerved_idle_kib` | VmHWM of nerved 5 s after its start with an empty store | VmHWM of this machine's dbus-daemon |
-//! | `transitions_per_second` | 64 callers of the manager, who each take runs to the queue and to their end, each answered when durable | 64 callers of the predecessor's store |
+//! | `transitions_per_second` | 64 callers of the store, who each take runs from queued through started to completed, each answered when durable | the same of the predecessor's store |
+//! | `requests_per_second` | 64 callers of the manager, who each start runs and kill them, each answered when durable | the transitions of the predecessor's store |
 //! | `thread_100_us` | the newest 100 rounds of 1,000, 1 KiB each, p50 | the same of the predecessor's store |
 //! | `page_of_million_us` | the newest 50 failed runs of a workflow out of 1,000,000 runs of ten, p50 | the same of the predecessor's store |
 //! | `archive_rows_per_second` | 1,000,000 events of ten days go into files | the same of the predecessor's store |

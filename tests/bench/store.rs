@@ -9,20 +9,23 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nerve::config::definition;
-use nerve::engine::{Answer, Engine, Known, Now, Recovered};
+use nerve::engine::{Answer, Engine, Event, Known, Now, Recovered, Staged, Turn};
 use nerve::manager::driver::Driver;
 use nerve::manager::handle::{Change, Handle};
 use nerve::manager::hands::World;
 use nerve::manager::room::Room;
+use nerve::model::name::RunId;
 use nerve::model::predecessor::{OldRun, Piece, Row, Survey, run_id};
-use nerve::model::run::{Accepted, KillRequest};
-use nerve::model::status::Status;
+use nerve::model::run::{Accepted, BootInstant, KillRequest, Run, RunEvent};
+use nerve::model::status::{RunResult, Status};
+use nerve::model::workflow::Definition;
 use nerve::os::clock;
 use nerve::store::archive::{Plan, archive};
 use nerve::store::import::slices;
 use nerve::store::{self, Log, RunFilter, Store, ThreadRange};
 use serde_json::{Value, json};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
+use uuid::Uuid;
 
 use super::{Figure, Outcome, per_second};
 
@@ -69,6 +72,13 @@ pub(super) async fn measure() -> Outcome<Vec<Figure>> {
             note: "beside nerve-store 0.5.0; goal: ratio 10 or more".to_owned(),
         },
         Figure {
+            name: "requests_per_second",
+            value: requests_per_second(&fresh("requests")?).await?,
+            unit: "1/s",
+            floor: their("transitions_per_second")?,
+            note: "all of the manager: 2.5 events each, with who asked; beside the same".to_owned(),
+        },
+        Figure {
             name: "thread_100_us",
             value: thread_100(&fresh("thread")?).await?,
             unit: "µs",
@@ -106,11 +116,116 @@ fn predecessor() -> Outcome<Value> {
     Ok(serde_json::from_slice(&output.stdout)?)
 }
 
-/// The real manager with a real store. It has no systemd, so that runs are queued and killed, and nothing is executed.
+/// Callers of the store alone. What they want while one transaction is written is the next one, as in the driver.
 async fn transitions_per_second(directory: &Path) -> Outcome<f64> {
     let mut store = Store::open(directory)?;
+    let definition = bench_definition()?;
+    store.put_definition(&definition, WORKFLOW.as_bytes())?;
+    let store = store::Handle::spawn(store)?;
+    let (wishes, mut wished) = mpsc::channel::<Wish>(256);
+    let writer = tokio::spawn(async move {
+        let mut collected = Vec::new();
+        while wished.recv_many(&mut collected, 256).await > 0 {
+            let (mut turn, mut replies) = (Turn::default(), Vec::new());
+            for Wish { run, staged, reply } in collected.drain(..) {
+                turn.events.push(staged);
+                turn.runs.insert(run.id, run);
+                replies.push(reply);
+            }
+            store.call(move |store| store.commit(&turn, &[])).await?;
+            for reply in replies {
+                let _ = reply.send(());
+            }
+        }
+        Ok::<_, store::Error>(())
+    });
+    let begin = Instant::now();
+    let digest = definition.digest;
+    let callers: Vec<_> = (0..CALLERS)
+        .map(|_| tokio::spawn(transitions(wishes.clone(), digest.clone(), begin + TIME)))
+        .collect();
+    drop(wishes);
+    let mut transitions = 0;
+    for caller in callers {
+        transitions += caller.await??;
+    }
+    let value = per_second(transitions, begin.elapsed());
+    writer.await??;
+    Ok(value)
+}
+
+/// A run's next event, the run after it, and who waits until both are durable.
+struct Wish {
+    run: Run,
+    staged: Staged,
+    reply: oneshot::Sender<()>,
+}
+
+/// Takes runs from queued through started to completed; how many such transitions were durable.
+async fn transitions(
+    wishes: mpsc::Sender<Wish>,
+    definition: String,
+    until: Instant,
+) -> Result<usize, String> {
+    let wish = async |run: Run, event: RunEvent, at| {
+        let (reply, answer) = oneshot::channel();
+        let event = Event::Run(run.id, event);
+        let staged = Staged { event, at };
+        let sent = wishes.send(Wish { run, staged, reply }).await;
+        sent.map_err(|_| "nobody writes")?;
+        answer.await.map_err(|error| error.to_string())
+    };
+    let mut transitions = 0;
+    while Instant::now() < until {
+        let accepted = accepted()?;
+        let mut run = Run::accept(
+            RunId::from_bits(Uuid::now_v7().as_u128()),
+            clock::wall_us(),
+            &accepted,
+        );
+        wish(run.clone(), RunEvent::Queued(accepted), run.created_at).await?;
+        let started = RunEvent::Started {
+            definition: definition.clone(),
+            max_rounds: 50,
+            since: BootInstant {
+                boot_id: "bench".to_owned(),
+                boot_us: clock::boot_us(),
+            },
+        };
+        let ended = RunEvent::Ended {
+            result: RunResult::Success,
+            detail: None,
+        };
+        for event in [started, ended] {
+            let at = clock::wall_us();
+            run = run.after(&event, at).map_err(|error| error.to_string())?;
+            wish(run.clone(), event, at).await?;
+        }
+        transitions += 3;
+    }
+    Ok(transitions)
+}
+
+fn bench_definition() -> Outcome<Definition> {
     let parsed = definition::parse("bench", None, WORKFLOW.as_bytes());
-    let definition = parsed.definition.ok_or("the definition is broken")?;
+    Ok(parsed.definition.ok_or("the definition is broken")?)
+}
+
+fn accepted() -> Result<Accepted, String> {
+    Ok(Accepted {
+        workflow: "bench".parse().map_err(|_| "bench is a name")?,
+        prompt: "go".to_owned(),
+        max_rounds: Some(50),
+        dry_run: false,
+        trigger: json!({"type": "client", "uid": 0}),
+        key: None,
+    })
+}
+
+/// The real manager with a real store. It has no systemd, so that runs are queued and killed, and nothing is executed.
+async fn requests_per_second(directory: &Path) -> Outcome<f64> {
+    let mut store = Store::open(directory)?;
+    let definition = bench_definition()?;
     store.put_definition(&definition, WORKFLOW.as_bytes())?;
     let known = Known {
         definition: Some(Arc::new(definition)),
@@ -150,29 +265,21 @@ async fn transitions_per_second(directory: &Path) -> Outcome<f64> {
     let callers: Vec<_> = (0..CALLERS)
         .map(|_| tokio::spawn(caller(handle.clone(), begin + TIME)))
         .collect();
-    let mut transitions = 0;
+    let mut requests = 0;
     for caller in callers {
-        transitions += caller.await??;
+        requests += caller.await??;
     }
-    let value = per_second(transitions, begin.elapsed());
+    let value = per_second(requests, begin.elapsed());
     driver.abort();
     listener.abort();
     Ok(value)
 }
 
-/// Takes runs from nothing to the queue and from there to their end; how many such transitions were durable.
+/// Asks for runs and for their end; how many such requests were answered, and durable before.
 async fn caller(handle: Handle, until: Instant) -> Result<usize, String> {
-    let mut transitions = 0;
+    let mut requests = 0;
     while Instant::now() < until {
-        let accepted = Accepted {
-            workflow: "bench".parse().map_err(|_| "bench is a name")?,
-            prompt: "go".to_owned(),
-            max_rounds: None,
-            dry_run: false,
-            trigger: json!({"type": "client", "uid": 0}),
-            key: None,
-        };
-        let started = handle.start(accepted).await;
+        let started = handle.start(accepted()?).await;
         let Ok(Answer::Started { run, .. }) = started else {
             return Err(format!("start: {started:?}"));
         };
@@ -185,9 +292,9 @@ async fn caller(handle: Handle, until: Instant) -> Result<usize, String> {
         if killed != Ok(Answer::Done) {
             return Err(format!("kill: {killed:?}"));
         }
-        transitions += 2;
+        requests += 2;
     }
-    Ok(transitions)
+    Ok(requests)
 }
 
 /// The newest 100 of 1,000 rounds, as nerved asks for them: from another thread than the store's.
