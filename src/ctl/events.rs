@@ -10,7 +10,7 @@ use super::cli::{EventFormat, Events};
 use super::json::decode;
 use super::text::{line, pad};
 use super::wait::{nobody_reads, until};
-use super::{Failure, Settings, input, print, render, width};
+use super::{Failure, Settings, input, note, print, render, width};
 use crate::bus::client::{AUDIT, Client, EventFilter, Subject};
 use crate::bus::error::CallError;
 use crate::model::run::Caller;
@@ -27,7 +27,7 @@ const BATCH: usize = 1_000;
 pub(super) async fn events(settings: &Settings, arguments: &Events) -> Result<u8, Failure> {
     input::window(arguments.since, arguments.until)?;
     if arguments.follow && arguments.output == EventFormat::Json {
-        return Err(Failure::Input(
+        return Err(Failure::Usage(
             "an array has an end, and what is followed has none; take -o jsonl".to_owned(),
         ));
     }
@@ -68,6 +68,12 @@ pub(super) async fn events(settings: &Settings, arguments: &Events) -> Result<u8
         }
     }
     print(&log.printer.end())?;
+    let is_of_a_time = arguments.since.or(arguments.until).is_some();
+    if log.printer.count == 0 && is_of_a_time && !arguments.archived {
+        note(
+            "nervectl: the database has no such event; with --archived the archive is searched, too",
+        );
+    }
     Ok(0)
 }
 
@@ -206,6 +212,7 @@ impl Printer {
             }
             for row in &rows {
                 text.push_str(&self.row(row));
+                self.count += 1;
             }
             return text;
         }

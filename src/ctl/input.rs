@@ -50,7 +50,7 @@ pub(super) fn reason(text: Option<&OsStr>) -> Result<String, Failure> {
 /// From when to when: that there is a time between them.
 pub(super) fn window(since: Option<u64>, until: Option<u64>) -> Result<(), Failure> {
     match (since, until) {
-        (Some(since), Some(until)) if since > until => Err(Failure::Input(format!(
+        (Some(since), Some(until)) if since > until => Err(Failure::Usage(format!(
             "--since is {}, which is after --until, {}",
             utc(since),
             utc(until)

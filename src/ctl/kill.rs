@@ -43,21 +43,15 @@ pub(super) async fn kill(settings: &Settings, arguments: &Kill) -> Result<u8, Fa
 async fn kill_and_wait(settings: &Settings, client: &Client, reason: &str, arguments: &Kill) -> u8 {
     let mut requests = Vec::new();
     for run in &arguments.runs {
-        // Resolved once, so that what is waited for is what was killed.
-        let requested = match resolve(client, run).await {
-            Ok(id) => request(client, &id.to_string(), reason, arguments)
-                .await
-                .map(|request| (id, request)),
-            Err(failure) => Err(failure),
-        };
+        let requested = request_to_wait(client, run, reason, arguments).await;
         // Said at once: the waits may be long.
         requests.push(requested.map_err(|failure| earlier(0, Err(failure))));
     }
     let mut first = 0;
     for request in requests {
         let status = match request {
-            Ok((_, Request::Superfluous)) => 0,
-            Ok((id, Request::Accepted)) => earlier(0, wait(settings, client, id).await),
+            Ok(None) => 0,
+            Ok(Some(id)) => earlier(0, wait(settings, client, id).await),
             Err(status) => status,
         };
         if first == 0 {
@@ -76,10 +70,20 @@ fn earlier(first: u8, done: Result<(), Failure>) -> u8 {
     if first == 0 { failure.status() } else { first }
 }
 
-async fn resolve(client: &Client, run: &std::ffi::OsStr) -> Result<RunId, Failure> {
-    let run = client.run(&input::run(run)?).await?;
-    run.run
-        .parse()
+/// The run to wait for, unless it was killed before. The kill is asked for first, so that who may not kill is told so,
+/// and the log says it; a name that means another run too by then is an error.
+async fn request_to_wait(
+    client: &Client,
+    run: &std::ffi::OsStr,
+    reason: &str,
+    arguments: &Kill,
+) -> Result<Option<RunId>, Failure> {
+    let tail = input::run(run)?;
+    if let Request::Superfluous = request(client, &tail, reason, arguments).await? {
+        return Ok(None);
+    }
+    let id = client.run(&tail).await?.run.parse();
+    id.map(Some)
         .map_err(|_| CallError::Misunderstood(zbus::Error::InvalidReply).into())
 }
 

@@ -79,6 +79,9 @@ impl Settings {
 /// Why a verb did not do what was asked. The text is what `nervectl: ` precedes.
 #[derive(Debug, thiserror::Error)]
 enum Failure {
+    /// Options contradict each other.
+    #[error("{0}")]
+    Usage(String),
     /// What was given is not valid.
     #[error("{0}")]
     Input(String),
@@ -105,6 +108,7 @@ enum Failure {
 impl Failure {
     fn status(&self) -> u8 {
         match self {
+            Self::Usage(_) => 64,
             Self::Input(_) => 65,
             Self::Call(error) => error.exit_status(),
             Self::AlreadyEnded(_) => 68,

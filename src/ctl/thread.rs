@@ -13,7 +13,7 @@ const ENDED: &str = "ended";
 pub(super) async fn thread(settings: &Settings, arguments: &Thread) -> Result<u8, Failure> {
     let tail = input::run(&arguments.run)?;
     if arguments.follow && arguments.output == Format::Json {
-        return Err(Failure::Input(
+        return Err(Failure::Usage(
             "an array has an end, and what is followed has none; leave -o json out".to_owned(),
         ));
     }

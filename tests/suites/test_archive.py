@@ -75,6 +75,8 @@ class Archive(nervebox.GatedCase):
         self.assertEqual(numbers, list(range(1, len(numbers) + 1)))
         self.assertLessEqual(set(everything), set(again))
         self.assertNotIn(everything[0], ctl("events", "-o", "jsonl").stdout.splitlines())
+        gone = ctl("events", "--ref", self.ended[0][-8:], "--until", "-1d")
+        self.assertIn("--archived", gone.stderr)
         for options in (["-n", "3"], ["--type", "ended"], ["--ref", self.ended[0][-8:]], ["--until", "-35d"]):
             some = ctl("events", "--archived", "-o", "jsonl", *options).stdout.splitlines()
             self.assertTrue(some and set(some) < set(again), options)

@@ -136,6 +136,8 @@ class Audit(GatedCase):
         self.assertEqual((newest["source"], newest["refId"], newest["payload"]),
                          ("audit", "Pause", {"uid": 65534, "pid": int(done.stdout), "comm": "nervectl",
                                                "outcome": "not permitted"}))
+        sh(*NOBODY, "nervectl", "workflow", "kill", "3fa9c1d2", check=77)
+        self.assertEqual(events("--type", "denied", "-n", "1")[0]["refId"], "KillRun")
         with dbuswire.Connection(dbuswire.NOBODY) as bus:
             for _ in range(300):
                 self.assertEqual(bus.call(*dbuswire.MANAGER, "GetStatus").error, "org.nerve1.Error.NotPermitted")
@@ -253,7 +255,7 @@ class Log(GatedCase):
             self.assertEqual([json.loads(line) for line in text.splitlines()], everything[-10:])
             following.process.send_signal(signal.SIGINT)
             self.assertEqual(following.ended()[1], -signal.SIGINT)
-        ctl("events", "-f", "-o", "json", check=65)
+        ctl("events", "-f", "-o", "json", check=64)
         for run in (first, second, third):
             self.completes(run, 3)
 
@@ -284,7 +286,7 @@ class Log(GatedCase):
         self.assertEqual(numbers("-n", "0"), [])
         # It has ended: there is nothing to wait for.
         self.assertEqual(ctl("thread", run, "-f", "-n", "1").stdout, ctl("thread", run, "-n", "1").stdout)
-        ctl("thread", run, "-f", "-o", "json", check=65)
+        ctl("thread", run, "-f", "-o", "json", check=64)
 
 
 TIMES = """now;-1h;- 90;+5min;1h ago;2h 30min ago;1h left;today;yesterday;tomorrow;today UTC;2026-11-20;26-11-20;2026-1-2;
