@@ -216,7 +216,8 @@ impl<'a> From<&'a Logged> for Line<'a> {
 /// least one.
 pub(super) struct Rounds<'a> {
     id: RunId,
-    max_rounds: Option<u32>,
+    /// The run's limit, which its start says.
+    limit: Option<u32>,
     most: Option<usize>,
     blobs: &'a Blobs,
     bytes: usize,
@@ -227,7 +228,7 @@ impl<'a> Rounds<'a> {
     pub(super) fn new(row: &RunRow, id: RunId, most: Option<usize>, blobs: &'a Blobs) -> Self {
         Self {
             id,
-            max_rounds: row.max_rounds,
+            limit: row.max_rounds,
             most,
             blobs,
             bytes: 0,
@@ -251,7 +252,7 @@ impl<'a> Rounds<'a> {
             }
             match event {
                 RunEvent::Queued(accepted) => {
-                    let start = accepted.start_message(self.id, self.max_rounds, line.at);
+                    let start = accepted.start_message(self.id, self.limit, line.at);
                     (0, start)
                 }
                 RunEvent::Imported(imported) => (0, imported.start_message(self.id)),

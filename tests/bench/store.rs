@@ -122,10 +122,10 @@ async fn transitions_per_second(directory: &Path) -> Outcome<f64> {
     let definition = bench_definition()?;
     store.put_definition(&definition, WORKFLOW.as_bytes())?;
     let store = store::Handle::spawn(store)?;
-    let (wishes, mut wished) = mpsc::channel::<Wish>(256);
+    let (wishes, mut inbox) = mpsc::channel::<Wish>(256);
     let writer = tokio::spawn(async move {
         let mut collected = Vec::new();
-        while wished.recv_many(&mut collected, 256).await > 0 {
+        while inbox.recv_many(&mut collected, 256).await > 0 {
             let (mut turn, mut replies) = (Turn::default(), Vec::new());
             for Wish { run, staged, reply } in collected.drain(..) {
                 turn.events.push(staged);
