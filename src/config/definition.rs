@@ -764,11 +764,11 @@ worker:
     fn prompts_are_checked_at_their_lines() {
         says(
             &with("{{ tester.content }}", "{{ testr.content }}"),
-            &["14:1: error: prompt of role coder: unknown name \"testr\" (did you mean tester?)"],
+            &["14:44: error: prompt of role coder: unknown name \"testr\" (did you mean tester?)"],
         );
         says(
             &with("{% endif %}", "{% endfi %}"),
-            &["14:1: error: prompt of role coder: "],
+            &["14:7: error: prompt of role coder: "],
         );
         says(
             &with("    timeout: 20m", "    timeout: 20m\n    x: y"),
@@ -796,8 +796,9 @@ worker:
                 &GOOD[end..]
             );
             let found = errors(&text);
+            let column = body.lines().last().unwrap().find("nix").unwrap() + 1;
             assert!(
-                found[0].starts_with(&format!("f.yaml:{line}:1: ")),
+                found[0].starts_with(&format!("f.yaml:{line}:{column}: ")),
                 "{header} {body:?}: {found:?}"
             );
         }

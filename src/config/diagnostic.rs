@@ -32,6 +32,8 @@ pub struct Diagnostic {
     pub line: usize,
     /// From 1, in characters.
     pub column: usize,
+    /// The column after the last character it is about, in this line.
+    pub end_column: usize,
     /// What is wrong.
     pub message: String,
     /// What to do.
@@ -54,14 +56,19 @@ impl fmt::Display for Diagnostic {
 pub(super) fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
-        let reorders = matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-        if c.is_control() || reorders {
+        if is_unsafe(c) {
             let _ = write!(out, "{}", c.escape_default());
         } else {
             out.push(c);
         }
     }
     out
+}
+
+/// Whether a terminal would obey it instead of showing it.
+pub(super) fn is_unsafe(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 /// A piece of the input for a message: quoted, escaped, at most 80 characters.
@@ -125,6 +132,7 @@ mod tests {
             path: "a\nb.yaml".to_owned(),
             line: 3,
             column: 7,
+            end_column: 8,
             message: "bad \u{1b}[31m\u{202e}word\r".to_owned(),
             help: Some("do\nthis".to_owned()),
         };

@@ -340,6 +340,7 @@ fn diagnostic(path: &Path, message: String, help: &str) -> Diagnostic {
         path: path.display().to_string(),
         line: 1,
         column: 1,
+        end_column: 2,
         message,
         help: Some(help.to_owned()),
     }

@@ -10,6 +10,7 @@ pub mod directory;
 mod host;
 pub mod meta;
 pub mod moment;
+pub mod picture;
 mod reader;
 mod retention;
 mod roles;

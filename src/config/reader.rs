@@ -33,7 +33,7 @@ impl From<yaml::Fault> for Fault {
             place,
             severity: Severity::Error,
             message,
-            help,
+            help: Some(help.to_owned()),
         }
     }
 }
@@ -45,6 +45,7 @@ impl Fault {
             path: path.to_owned(),
             line: self.place.line,
             column: self.place.column,
+            end_column: self.place.end,
             message: self.message,
             help: self.help,
         }
@@ -68,8 +69,13 @@ impl<'n> Fields<'n> {
 }
 
 impl Reader {
+    /// What a check of `config` says: what is wrong and, after the last semicolon, what to do.
     pub fn error(&mut self, place: Place, message: impl Into<String>) {
-        self.push(Severity::Error, place, message.into(), None);
+        let message = message.into();
+        match message.rsplit_once("; ") {
+            Some((message, help)) => self.error_help(place, message, help),
+            None => self.push(Severity::Error, place, message, None),
+        }
     }
 
     pub fn error_help(
@@ -284,7 +290,7 @@ fn end_of(bytes: &[u8]) -> Place {
         .next()
         .map_or(0, |last| last.chars().count())
         + 1;
-    Place { line, column }
+    Place::at(line, column)
 }
 
 /// What a value is, for a message.

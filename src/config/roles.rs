@@ -184,11 +184,7 @@ fn environment_of(reader: &mut Reader, node: &Node, subject: &str) -> BTreeMap<S
     let mut variables = BTreeMap::new();
     for entry in reader.entries(node, subject).unwrap_or_default() {
         if let Err(error) = unit_settings::variable_name(&entry.key) {
-            reader.error_help(
-                entry.place,
-                format!("{subject}: {error}"),
-                "name it like MY_VARIABLE",
-            );
+            reader.error(entry.place, format!("{subject}: {error}"));
             continue;
         }
         let variable = match &entry.value.content {
@@ -327,7 +323,10 @@ fn rehearsal_of(
             None => vec!["ok"],
         };
         if let Some(status) = status.filter(|status| *status != ERROR && !known.contains(status)) {
-            let help = format!("its statuses are {} and {ERROR}", known.join(", "));
+            let help = match nearest(status, known.iter().copied()) {
+                Some(meant) => format!("did you mean {meant}?"),
+                None => format!("its statuses are {} and {ERROR}", known.join(", ")),
+            };
             let message = format!("{subject} has status {}", quoted(status));
             reader.error_help(entry.value.place, message, help);
         }
@@ -347,28 +346,14 @@ pub(super) fn prompt(
     roles: &[&str],
 ) -> Option<String> {
     let text = reader.text(node, subject)?;
-    // The place of a block scalar is its first line that is not blank.
-    let blank = text.len() - text.trim_start_matches('\n').len();
     for fault in template::check(text, roles) {
         let mut message = format!("{subject}: {}", fault.message);
-        let mut place = node.place;
-        // The lines of a block scalar are lines of the file; of other scalars only the beginning is known.
-        match (fault.line, &node.content) {
-            (Some(line), Content::Text { literal: true, .. }) => {
-                place = Place {
-                    line: (node.place.line + line).saturating_sub(1 + blank),
-                    column: 1,
-                }
-            }
-            (Some(line), _) if text.contains('\n') => {
-                let _ = write!(message, " in line {line} of the prompt");
-            }
-            _ => {}
+        let literal = matches!(node.content, Content::Text { literal: true, .. });
+        if !literal && text.contains('\n') {
+            let line = text[..fault.part.start].matches('\n').count() + 1;
+            let _ = write!(message, " in line {line} of the prompt");
         }
-        match fault.help {
-            Some(help) => reader.error_help(place, message, help),
-            None => reader.error(place, message),
-        }
+        reader.error_help(node.part(fault.part), message, fault.help);
     }
     Some(text.to_owned())
 }

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, Write};
+use std::ops::Range;
 use std::sync::Arc;
 
 use minijinja::syntax::SyntaxConfig;
@@ -57,10 +58,10 @@ const FAULTS: usize = 20;
 /// What is wrong with a template.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct TemplateFault {
-    /// The line of the template, from 1, if it is known.
-    pub line: Option<usize>,
+    /// The bytes of the template that it is about.
+    pub part: Range<usize>,
     pub message: String,
-    pub help: Option<String>,
+    pub help: String,
 }
 
 /// Whether templates use this word for something else than a role.
@@ -97,7 +98,7 @@ pub fn environment() -> Environment<'static> {
 pub(super) fn check(prompt: &str, roles: &[&str]) -> Vec<TemplateFault> {
     let tags = match template_shape::tags(prompt) {
         Ok(tags) => tags,
-        Err(shape) => return vec![shape_fault(&shape)],
+        Err(shape) => return vec![shape_fault(prompt, &shape)],
     };
     let environment = environment();
     let template = match environment.template_from_str(prompt) {
@@ -107,9 +108,9 @@ pub(super) fn check(prompt: &str, roles: &[&str]) -> Vec<TemplateFault> {
                 .detail()
                 .map_or_else(|| error.kind().to_string(), str::to_owned);
             return vec![TemplateFault {
-                line: error.line(),
+                part: template_shape::line_of(prompt, error.line().unwrap_or(1)),
                 message: escaped(&message),
-                help: None,
+                help: "see TEMPLATES in nerve-workflow(5); {% raw %} … {% endraw %} keeps braces that are none".to_owned(),
             }];
         }
     };
@@ -120,31 +121,27 @@ pub(super) fn check(prompt: &str, roles: &[&str]) -> Vec<TemplateFault> {
     unknown.sort();
     unknown.truncate(FAULTS);
     let fault = |name: &String| TemplateFault {
-        line: line_of(prompt, name),
+        part: part_of(prompt, &tags, name),
         message: format!("unknown name {}", quoted(name)),
-        help: Some(match nearest(name, known()) {
+        help: match nearest(name, known()) {
             Some(meant) => format!("did you mean {meant}?"),
             None => format!("a prompt knows {}", listed(known())),
-        }),
+        },
     };
     let mut faults: Vec<TemplateFault> = unknown.iter().map(fault).collect();
     let words = tags
-        .into_iter()
-        .flat_map(|tag| template_shape::words(prompt, tag));
+        .iter()
+        .flat_map(|tag| template_shape::words(prompt, tag.clone()));
     faults.extend(
         words
-            .filter_map(|word| unknown_word(&environment, prompt, &word))
+            .filter_map(|word| unknown_word(&environment, &word))
             .take(FAULTS),
     );
     faults
 }
 
 /// minijinja looks filters and tests up when it renders; this asks for them before.
-fn unknown_word(
-    environment: &Environment<'_>,
-    prompt: &str,
-    word: &Word<'_>,
-) -> Option<TemplateFault> {
+fn unknown_word(environment: &Environment<'_>, word: &Word<'_>) -> Option<TemplateFault> {
     let mut state = environment.empty_state();
     let (what, name, at, outcome) = match *word {
         Word::Filter(name, at) => ("filter", name, at, state.apply_filter(name, &[]).err()),
@@ -155,13 +152,13 @@ fn unknown_word(
         ErrorKind::UnknownFilter | ErrorKind::UnknownTest
     );
     unknown.then(|| TemplateFault {
-        line: Some(template_shape::line_at(prompt, at)),
+        part: at..at + name.len(),
         message: format!("unknown {what} {}", quoted(name)),
-        help: Some("templates have those of minijinja".to_owned()),
+        help: format!("templates have the {what}s of minijinja, and no others"),
     })
 }
 
-fn shape_fault(shape: &Shape) -> TemplateFault {
+fn shape_fault(prompt: &str, shape: &Shape) -> TemplateFault {
     let (line, message, help) = match shape {
         Shape::LongTag { line } => (
             *line,
@@ -185,22 +182,24 @@ fn shape_fault(shape: &Shape) -> TemplateFault {
         ),
     };
     TemplateFault {
-        line: Some(line),
+        part: template_shape::line_of(prompt, line),
         message,
-        help: Some(help.to_owned()),
+        help: help.to_owned(),
     }
 }
 
-/// The first line that has the name as a word in it, for a prompt in which it is known to be.
-fn line_of(prompt: &str, name: &str) -> Option<usize> {
-    let has = |line: &str| {
-        line.split(|c: char| !c.is_alphanumeric() && c != '_')
-            .any(|word| word == name)
+/// Where a tag first has the name as a word, for a prompt in which it is known to be.
+fn part_of(prompt: &str, tags: &[Range<usize>], name: &str) -> Range<usize> {
+    let is_word = |c: char| c.is_alphanumeric() || c == '_';
+    let alone = |at: usize| {
+        !prompt[..at].ends_with(|c| is_word(c) || c == '.')
+            && !prompt[at + name.len()..].starts_with(is_word)
     };
-    prompt
-        .lines()
-        .position(|line| line.contains('{') && has(line))
-        .map(|index| index + 1)
+    tags.iter()
+        .filter_map(|tag| Some((tag.start, prompt.get(tag.clone())?)))
+        .flat_map(|(start, tag)| tag.match_indices(name).map(move |(at, _)| start + at))
+        .find(|at| alone(*at))
+        .map_or(0..0, |at| at..at + name.len())
 }
 
 /// Renders a prompt.
@@ -210,12 +209,9 @@ fn line_of(prompt: &str, name: &str) -> Option<usize> {
 /// [`limits::RENDERED_PROMPT_BYTES`] are used up.
 pub fn render(prompt: &str, context: Value) -> Result<String, String> {
     if let Err(shape) = template_shape::tags(prompt) {
-        let fault = shape_fault(&shape);
-        return Err(format!(
-            "line {} of the prompt: {}",
-            fault.line.unwrap_or(1),
-            fault.message
-        ));
+        let fault = shape_fault(prompt, &shape);
+        let line = template_shape::line_at(prompt, fault.part.start);
+        return Err(format!("line {line} of the prompt: {}", fault.message));
     }
     let environment = environment();
     let mut output = Bounded::default();
@@ -454,8 +450,8 @@ mod tests {
         let found = check("a\nb {{ codr }} {{ debug() }}", &roles);
         assert_eq!(found[0].message, "unknown name \"codr\"");
         assert_eq!(
-            (found[0].line, found[0].help.as_deref()),
-            (Some(2), Some("did you mean coder?"))
+            (found[0].part.clone(), found[0].help.as_str()),
+            (7..11, "did you mean coder?")
         );
         assert_eq!(found[1].message, "unknown name \"debug\"");
         let found = check(
@@ -463,12 +459,12 @@ mod tests {
             &roles,
         );
         assert_eq!(
-            (found[0].line, found[0].message.as_str()),
-            (Some(2), "unknown filter \"trimm\"")
+            (found[0].part.clone(), found[0].message.as_str()),
+            (21..26, "unknown filter \"trimm\"")
         );
         assert_eq!(
-            (found[1].line, found[1].message.as_str()),
-            (Some(2), "unknown test \"nonne\"")
+            (found[1].part.clone(), found[1].message.as_str()),
+            (43..48, "unknown test \"nonne\"")
         );
         assert_eq!(
             check(

@@ -94,6 +94,15 @@ pub(super) fn line_at(source: &str, at: usize) -> usize {
     source.as_bytes()[..at].split(|byte| *byte == b'\n').count()
 }
 
+/// The bytes of a line, which is from 1, without the blanks around it.
+pub(super) fn line_of(source: &str, line: usize) -> Range<usize> {
+    let mut lines = source.split_inclusive('\n');
+    let start: usize = lines.by_ref().take(line - 1).map(str::len).sum();
+    let line = lines.next().unwrap_or_default();
+    let blanks = line.len() - line.trim_start().len();
+    start + blanks..start + blanks.max(line.trim_end().len())
+}
+
 /// Something that only the environment can know, with where it is.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Word<'s> {

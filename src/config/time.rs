@@ -29,7 +29,7 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     if rest.is_empty() {
         return Err("a time span is empty; write one like 90s, 20min or 2h 30min".to_owned());
     }
-    let too_long = || "the time span is too long".to_owned();
+    let too_long = || "the time span is too long; write one below 500 000 years".to_owned();
     let mut total: u64 = 0;
     while !rest.is_empty() {
         let (whole, after) = digits(rest);

@@ -76,7 +76,8 @@ pub(super) fn read(
     settings.nice = entry("Nice").and_then(|entry| single(reader, entry, nice));
     settings.private_network = entry("PrivateNetwork").and_then(|entry| {
         single(reader, entry, |text| {
-            boolean(text).ok_or_else(|| format!("{} is neither yes nor no", quoted(text)))
+            boolean(text)
+                .ok_or_else(|| format!("{} is neither yes nor no; write one of them", quoted(text)))
         })
     });
     settings.start_limit_interval =
@@ -169,16 +170,21 @@ fn nice(text: &str) -> Result<i32, String> {
     text.parse()
         .ok()
         .filter(|nice| (-20..=19).contains(nice))
-        .ok_or_else(|| format!("{} is no whole number from -20 to 19", quoted(text)))
+        .ok_or_else(|| {
+            format!(
+                "{} is no nice level; write a whole number from -20 to 19",
+                quoted(text)
+            )
+        })
 }
 
 /// A share of one CPU as CPU time per second.
 fn quota(text: &str) -> Result<Duration, String> {
     match permyriad(text) {
-        Some(0) => Err("a quota of 0% lets nothing run".to_owned()),
+        Some(0) => Err("a quota of 0% lets nothing run; write more, or remove the key".to_owned()),
         Some(share) => Ok(Duration::from_micros(u64::from(share) * 100)),
         None => Err(format!(
-            "{} is no percentage like 150% (of one CPU)",
+            "{} is no percentage; write one of one CPU, like 150%",
             quoted(text)
         )),
     }
@@ -206,7 +212,12 @@ fn burst(text: &str) -> Result<u32, String> {
     text.parse()
         .ok()
         .filter(|burst| digits && (1..=DEATHS).contains(&(*burst as usize)))
-        .ok_or_else(|| format!("{} is no whole number from 1 to {DEATHS}", quoted(text)))
+        .ok_or_else(|| {
+            format!(
+                "{} is no number of deaths; write a whole number from 1 to {DEATHS}",
+                quoted(text)
+            )
+        })
 }
 
 fn environment(reader: &mut Reader, entry: &Entry) -> Vec<String> {
@@ -243,7 +254,7 @@ fn assignment(word: &str) -> Result<(), String> {
         .chars()
         .any(|c| c.is_control() && c != '\t' && c != '\n')
     {
-        return Err(format!("the value of {name} has a control character in it"));
+        return Err(format!("the value of {name} has a control character in it; remove it"));
     }
     Ok(())
 }
@@ -289,7 +300,9 @@ fn path(text: &str) -> Result<(), String> {
         ));
     }
     if path.len() > PATH_BYTES || path.chars().any(char::is_control) {
-        return Err(format!("{shown} is no usable path"));
+        return Err(format!(
+            "{shown} is no usable path; write one of at most {PATH_BYTES} bytes, without control characters"
+        ));
     }
     let components: Vec<&str> = path
         .split('/')
@@ -316,7 +329,7 @@ mod tests {
             Err(reader
                 .faults
                 .into_iter()
-                .map(|fault| fault.message)
+                .map(|fault| format!("{}; {}", fault.message, fault.help.unwrap_or_default()))
                 .collect())
         } else {
             Ok(settings)
@@ -395,18 +408,18 @@ mod tests {
             ("ReadOnlyPaths: /srv/../etc", "has .. in it"),
             ("MemoryMax: 0", "a limit of 0"),
             ("MemoryMax: [1G, 2G]", "is a list, and has one value only"),
-            ("CPUQuota: 150", "no percentage"),
+            ("CPUQuota: 150", "no percentage; write"),
             ("CPUQuota: 0%", "quota of 0%"),
-            ("Nice: 20", "no whole number from -20 to 19"),
+            ("Nice: 20", "a whole number from -20 to 19"),
             ("PrivateNetwork: maybe", "neither yes nor no"),
             (
                 "StartLimitBurst: 0",
-                "StartLimitBurst: \"0\" is no whole number from 1 to 100",
+                "StartLimitBurst: \"0\" is no number of deaths; write a whole number from 1 to 100",
             ),
-            ("StartLimitBurst: 101", "no whole number from 1 to 100"),
-            ("StartLimitBurst: +5", "no whole number from 1 to 100"),
+            ("StartLimitBurst: 101", "a whole number from 1 to 100"),
+            ("StartLimitBurst: +5", "a whole number from 1 to 100"),
             ("StartLimitBurst: [5]", "is a list"),
-            ("StartLimitBurst: infinity", "no whole number from 1 to 100"),
+            ("StartLimitBurst: infinity", "a whole number from 1 to 100"),
             (
                 "StartLimitIntervalSec: 0",
                 "StartLimitIntervalSec: 0 would switch the limit off",

@@ -40,7 +40,9 @@ pub(super) fn words(text: &str) -> Result<Vec<String>, String> {
         }
     }
     if let Some(quote) = quote {
-        return Err(format!("a quotation mark ({quote}) is not closed"));
+        return Err(format!(
+            "a quotation mark ({quote}) is not closed; write another at the end"
+        ));
     }
     words.extend(word);
     Ok(words)
@@ -137,7 +139,7 @@ pub(super) fn tasks(text: &str) -> Result<Limit, String> {
 
 fn absolute(value: u64) -> Result<Limit, String> {
     match value {
-        0 => Err("a limit of 0 lets nothing run".to_owned()),
+        0 => Err("a limit of 0 lets nothing run; write more, or remove the key".to_owned()),
         u64::MAX => Err("the limit is too large; write infinity".to_owned()),
         value => Ok(Limit::Absolute(value)),
     }
@@ -151,7 +153,7 @@ fn relative(text: &str, rule: &str) -> Result<Option<Limit>, String> {
         return Ok(None);
     }
     match permyriad(text) {
-        Some(0) => Err("a limit of 0% lets nothing run".to_owned()),
+        Some(0) => Err("a limit of 0% lets nothing run; write more, or remove the key".to_owned()),
         Some(share @ 1..=10_000) => Ok(Some(Limit::Permyriad(share))),
         Some(_) => Err(format!("{} is more than there is; {rule}", quoted(text))),
         None => Err(format!("{} is no percentage; {rule}", quoted(text))),
@@ -194,7 +196,10 @@ pub(super) fn account(text: &str) -> Result<(), String> {
         return if valid && canonical {
             Ok(())
         } else {
-            Err(format!("{} is no valid id", quoted(text)))
+            Err(format!(
+                "{} is no valid id; write the number that `getent` shows, without leading zeros",
+                quoted(text)
+            ))
         };
     }
     let first = text.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_');

@@ -5,8 +5,9 @@
 //! bounded, and a key is in a map once.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
-use saphyr_parser::{Event, Marker, Parser, ScalarStyle};
+use saphyr_parser::{Event, Parser, ScalarStyle, Span};
 use serde_json::{Map, Number, Value};
 
 use super::diagnostic::quoted;
@@ -15,23 +16,46 @@ use crate::model::limits;
 /// Deepest nesting of lists and maps.
 const DEPTH: usize = 64;
 
-/// Where something is: line and column from 1, in characters.
+/// Where something is: line and columns from 1, in characters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub(super) struct Place {
     pub line: usize,
     pub column: usize,
+    /// The column after its last character in this line.
+    pub end: usize,
 }
 
 impl Place {
-    pub const START: Self = Self { line: 1, column: 1 };
-}
+    pub const START: Self = Self::at(1, 1);
 
-impl From<&Marker> for Place {
-    fn from(marker: &Marker) -> Self {
+    /// One character.
+    pub const fn at(line: usize, column: usize) -> Self {
         Self {
-            line: marker.line().max(1),
-            column: marker.col() + 1,
+            line,
+            column,
+            end: column + 1,
         }
+    }
+
+    /// What the parser tells; of more than one line it is the first to its end.
+    fn of(span: Span, lines: &[&str]) -> Self {
+        let place = Self::at(span.start.line().max(1), span.start.col() + 1);
+        if span.end.line() == span.start.line() {
+            place.until(span.end.col() + 1)
+        } else {
+            place.until_end(lines)
+        }
+    }
+
+    /// Up to a column, and one character at least.
+    fn until(self, end: usize) -> Self {
+        let end = end.max(self.column + 1);
+        Self { end, ..self }
+    }
+
+    fn until_end(self, lines: &[&str]) -> Self {
+        let line = lines.get(self.line - 1);
+        self.until(line.map_or(0, |line| line.trim_end().chars().count() + 1))
     }
 }
 
@@ -56,6 +80,37 @@ pub(super) enum Content {
     Map(Vec<Entry>),
 }
 
+impl Node {
+    /// Where a part of a text is, in bytes of it. Known of block scalars, whose lines are the file's lines, and of what
+    /// stands in one line as it is; of all others the whole is marked.
+    pub fn part(&self, part: Range<usize>) -> Place {
+        let Content::Text { text, literal, .. } = &self.content else {
+            return self.place;
+        };
+        let (Some(before), Some(marked)) = (text.get(..part.start), text.get(part)) else {
+            return self.place;
+        };
+        let width = marked.lines().next().unwrap_or("").chars().count();
+        let (line, indent) = if *literal {
+            // The place of a block scalar is its first line that is not blank.
+            let blank = text.len() - text.trim_start_matches('\n').len();
+            let line = self.place.line + before.matches('\n').count();
+            (line.saturating_sub(blank), self.place.column)
+        } else {
+            let shown = self.place.end - self.place.column;
+            match shown.checked_sub(text.chars().count()) {
+                Some(quotes @ (0 | 2)) if !text.contains('\n') => {
+                    (self.place.line, self.place.column + quotes / 2)
+                }
+                _ => return self.place,
+            }
+        };
+        let last = before.rsplit('\n').next().unwrap_or_default();
+        let column = indent + last.chars().count();
+        Place::at(line, column).until(column + width)
+    }
+}
+
 /// One key of a map with its value.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Entry {
@@ -69,12 +124,11 @@ pub(super) struct Entry {
 pub(super) struct Fault {
     pub place: Place,
     pub message: String,
-    pub help: Option<String>,
+    pub help: &'static str,
 }
 
 impl Fault {
-    fn new(place: Place, message: impl Into<String>, help: &str) -> Self {
-        let help = (!help.is_empty()).then(|| help.to_owned());
+    fn new(place: Place, message: impl Into<String>, help: &'static str) -> Self {
         Self {
             place,
             message: message.into(),
@@ -89,15 +143,17 @@ pub(super) const QUOTE_TEMPLATE: &str = "an unquoted value that begins with {{ o
 /// The tree of a file with one document, and its duplicate keys. No tree when the text is no YAML.
 pub(super) fn parse(text: &str) -> (Option<Node>, Vec<Fault>) {
     let mut builder = Builder::default();
+    let lines: Vec<&str> = text.split('\n').collect();
     for event in Parser::new_from_str(text) {
         let outcome = match event {
-            Ok((event, span)) => builder.event(event, Place::from(&span.start)),
+            Ok((event, span)) => builder.event(event, Place::of(span, &lines), &lines),
             Err(error) => {
-                let place = Place::from(error.marker());
+                let marker = error.marker();
+                let place = Place::at(marker.line().max(1), marker.col() + 1);
                 let help = if template_near(text, place.line) {
                     QUOTE_TEMPLATE
                 } else {
-                    ""
+                    "look for what is not closed, not quoted or not indented here, or in the line before"
                 };
                 Err(Fault::new(
                     place,
@@ -154,7 +210,7 @@ struct Builder {
 }
 
 impl Builder {
-    fn event(&mut self, event: Event<'_>, place: Place) -> Result<(), Fault> {
+    fn event(&mut self, event: Event<'_>, place: Place, lines: &[&str]) -> Result<(), Fault> {
         match event {
             Event::DocumentStart(_) if self.root.is_some() => Err(Fault::new(
                 place,
@@ -179,13 +235,19 @@ impl Builder {
                 self.start(place, anchor, Content::Map(Vec::new()))
             }
             Event::SequenceEnd | Event::MappingEnd => match self.open.pop() {
-                Some(open) => self.complete(
-                    Node {
-                        place: open.place,
+                Some(open) => {
+                    // A block ends where something else begins.
+                    let here = place.line == open.place.line && place.end > open.place.end;
+                    let node = Node {
+                        place: if here {
+                            open.place.until(place.end)
+                        } else {
+                            open.place.until_end(lines)
+                        },
                         content: open.content,
-                    },
-                    open.anchor,
-                ),
+                    };
+                    self.complete(node, open.anchor)
+                }
                 None => Ok(()),
             },
             Event::Alias(anchor) => self.alias(anchor, place),
@@ -198,7 +260,7 @@ impl Builder {
             return Err(Fault::new(
                 place,
                 format!("nested deeper than {DEPTH} levels"),
-                "",
+                "write it flatter",
             ));
         }
         if let Some(Open {
@@ -252,7 +314,7 @@ impl Builder {
             return Err(Fault::new(
                 place,
                 format!("nested deeper than {DEPTH} levels"),
-                "",
+                "write it flatter",
             ));
         }
         let node = Node {

@@ -56,10 +56,10 @@ pub(super) enum Command {
     ///
     /// What the run's roles wrote to stderr and what nerve says about the run, from the journal, by journalctl.
     Logs(Logs),
-    /// Check definitions; needs no daemon
+    /// Check definitions and settings; needs no daemon
     ///
-    /// Prints `NAME: ok` for each that is right; what is wrong goes to stderr as PATH:LINE:COLUMN. Exits 65 when
-    /// anything is wrong; warnings alone are right.
+    /// Prints `NAME: ok` for each that is right; all that is wrong goes to stderr, each fault with its line and what to
+    /// do. Exits 65 when there is an error; warnings alone are right.
     Validate(Validate),
     /// Show nerve itself: what runs, what waits and why, and which definitions are broken
     Status(Status),
@@ -455,9 +455,15 @@ pub(super) struct Logs {
 /// `validate`
 #[derive(Debug, Args)]
 pub(super) struct Validate {
-    /// The files; without any, all that nerve would read, and whether it would trust them
+    /// The files, `-` for standard input; without any, all that nerve would read, and whether it would trust them
     #[arg(value_name = "FILE")]
     pub files: Vec<PathBuf>,
+    /// Exit 65 for warnings too, for where nobody reads them
+    #[arg(long)]
+    pub strict: bool,
+    /// For people on stderr, or as an array on stdout
+    #[arg(short, long, value_enum, default_value_t = Format::Text)]
+    pub output: Format,
 }
 
 /// A moment as systemd.time(7) writes timestamps: µs since the epoch.
@@ -514,6 +520,7 @@ mod tests {
             "nervectl logs 3fa9 -f",
             "nervectl validate",
             "nervectl validate a.yaml b.yaml",
+            "nervectl validate --strict -o json -",
             "nervectl status",
             "nervectl status -o json",
             "nervectl workflow start a --key ticket-4711",

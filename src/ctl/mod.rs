@@ -19,6 +19,7 @@ mod start;
 mod store;
 mod text;
 mod thread;
+mod validate;
 mod verbs;
 mod wait;
 
@@ -161,7 +162,7 @@ async fn dispatch(settings: &Settings, command: Command) -> Result<u8, Failure> 
         Command::Thread(arguments) => thread::thread(settings, &arguments).await,
         Command::Events(arguments) => events::events(settings, &arguments).await,
         Command::Logs(arguments) => verbs::logs(settings, &arguments).await,
-        Command::Validate(arguments) => verbs::validate(settings, &arguments),
+        Command::Validate(arguments) => validate::validate(settings, &arguments),
         Command::Status(arguments) => verbs::status(settings, &arguments).await,
     }
 }

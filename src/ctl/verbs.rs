@@ -1,22 +1,14 @@
-//! The verbs that only look: `workflow list`, `workflow show`, `logs`, `validate`, `status`.
+//! The verbs that only look: `workflow list`, `workflow show`, `logs`, `status`.
 
-use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
 use std::process::Command;
 
-use super::cli::{Format, List, ListFormat, Logs, Show, Status, Validate};
+use super::cli::{Format, List, ListFormat, Logs, Show, Status};
 use super::start::waits;
-use super::{
-    Failure, Settings, input, is_terminal, json, note, now, print, render, render_status, text,
-};
+use super::{Failure, Settings, input, is_terminal, json, note, now, print, render, render_status};
 use crate::bus::client::{ListFilter, Run};
 use crate::bus::error::CallError;
-use crate::config::definition::{self, Parsed};
-use crate::config::diagnostic::{Diagnostic, Severity};
-use crate::config::directory::{self, Found, Trust};
-use crate::config::settings;
 use crate::model::name::{RunId, WorkflowName};
 
 /// `nervectl workflow list`
@@ -152,91 +144,6 @@ fn journalctl(run: &Run, arguments: &Logs) -> Result<Command, Failure> {
     Ok(command)
 }
 
-/// `nervectl validate`: says all that is wrong with all files, or with what nerve would read.
-pub(super) fn validate(settings: &Settings, arguments: &Validate) -> Result<u8, Failure> {
-    let verdict = Verdict::on(settings, &arguments.files);
-    if !verdict.wrong.is_empty() {
-        note(verdict.wrong.trim_end());
-    }
-    print(&verdict.right)?;
-    Ok(if verdict.errors == 0 {
-        0
-    } else {
-        Verdict::BROKEN
-    })
-}
-
-/// What validation found.
-#[derive(Debug, Default)]
-struct Verdict {
-    right: String,
-    wrong: String,
-    errors: usize,
-}
-
-impl Verdict {
-    /// Exit status for bad input.
-    const BROKEN: u8 = 65;
-
-    fn on(settings: &Settings, files: &[PathBuf]) -> Self {
-        let mut verdict = Self::default();
-        if files.is_empty() {
-            // As nerved reads them: what it would not trust is wrong.
-            let loaded = directory::load(&settings.definitions, Trust::RootOwned);
-            verdict.add(&loaded.diagnostics);
-            verdict.add(&settings::load(&settings.engine, Trust::RootOwned).diagnostics);
-            loaded
-                .definitions
-                .values()
-                .for_each(|file| verdict.judge(&file.parsed));
-        }
-        for path in files {
-            match directory::read(path, Trust::Anyone) {
-                Found::Unusable(diagnostic) => verdict.add(&[diagnostic]),
-                Found::Mask => {
-                    let path = path.display().to_string();
-                    verdict.say(&format!(
-                        "{}: empty; it hides other definitions of its name",
-                        text::line(&path)
-                    ));
-                }
-                Found::Bytes(bytes) => {
-                    let stem = path.file_stem().map(OsStr::to_string_lossy);
-                    verdict.judge(&definition::parse(
-                        &path.display().to_string(),
-                        stem.as_deref(),
-                        &bytes,
-                    ));
-                }
-            }
-        }
-        verdict
-    }
-
-    fn judge(&mut self, parsed: &Parsed) {
-        self.add(&parsed.diagnostics);
-        if let Some(definition) = &parsed.definition {
-            self.add(&definition::host_warnings(parsed));
-            self.say(&format!("{}: ok", definition.workflow.name));
-        }
-    }
-
-    fn add(&mut self, diagnostics: &[Diagnostic]) {
-        for diagnostic in diagnostics {
-            let _ = writeln!(self.wrong, "{diagnostic}");
-        }
-        self.errors += diagnostics
-            .iter()
-            .filter(|diagnostic| diagnostic.severity == Severity::Error)
-            .count();
-    }
-
-    fn say(&mut self, line: &str) {
-        self.right.push_str(line);
-        self.right.push('\n');
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -322,54 +229,6 @@ mod tests {
                 }
             )
             .is_err()
-        );
-    }
-
-    #[test]
-    fn each_file_is_judged_and_one_broken_or_missing_is_enough() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = |name: &str| directory.path().join(name);
-        let right = "version: 1\nname: right\nroles:\n  a:\n    exec: [/bin/true]\ngraph:\n  $START: a\n  a: { ok: $END }\n";
-        std::fs::write(path("right.yaml"), right).unwrap();
-        std::fs::write(path("wrong.yaml"), "version: 1\nname: wrong\nrules: {}\n").unwrap();
-        std::fs::write(path("mask.yaml"), "").unwrap();
-        let verdict = |names: &[&str]| {
-            Verdict::on(
-                &Settings::default(),
-                &names.iter().map(|name| path(name)).collect::<Vec<_>>(),
-            )
-        };
-        let good = verdict(&["right.yaml", "mask.yaml"]);
-        assert_eq!((good.errors, good.wrong.as_str()), (0, ""));
-        assert!(
-            good.right.starts_with("right: ok\n") && good.right.contains("mask.yaml: empty"),
-            "{good:?}"
-        );
-        let bad = verdict(&["wrong.yaml", "right.yaml", "missing.yaml"]);
-        assert_eq!(bad.right, "right: ok\n");
-        assert!(bad.errors >= 2, "{bad:?}");
-        for place in [path("wrong.yaml"), path("missing.yaml")] {
-            assert!(
-                bad.wrong.contains(&format!("{}:", place.display())),
-                "{bad:?}"
-            );
-        }
-    }
-
-    #[test]
-    fn no_definitions_at_all_are_right() {
-        let settings = Settings {
-            definitions: vec!["/nonexistent".into()],
-            ..Settings::default()
-        };
-        let verdict = Verdict::on(&settings, &[]);
-        assert_eq!(
-            (
-                verdict.errors,
-                verdict.right.as_str(),
-                verdict.wrong.as_str()
-            ),
-            (0, "", "")
         );
     }
 }

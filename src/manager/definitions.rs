@@ -435,6 +435,7 @@ fn keep(
                 path: file.path.display().to_string(),
                 line: 1,
                 column: 1,
+                end_column: 2,
                 message: "no space is left for the database to keep this definition".to_owned(),
                 help: Some("make room, then run `systemctl reload nerve`".to_owned()),
             });

@@ -9,7 +9,7 @@ use super::limits;
 
 /// Why a string is not a name. The text says what is allowed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{what} {shown} is not valid: {rule}")]
+#[error("{what} {shown} is not valid; {rule}")]
 pub struct InvalidName {
     what: &'static str,
     shown: String,
@@ -127,7 +127,7 @@ impl FromStr for RoleName {
             return Err(invalid(
                 "role name",
                 text,
-                "templates use this word for something else; choose another",
+                "choose another, templates use this word for something else",
             ));
         }
         let valid = text.len() <= limits::ROLE_NAME_BYTES

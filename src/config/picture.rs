@@ -1,0 +1,139 @@
+//! A diagnostic as people read it: the line of the file with the place marked, and what to do. Called by
+//! `nervectl validate`; what nerved keeps and says has one line each, which is [`Diagnostic`]'s own form.
+
+use annotate_snippets::{AnnotationKind, Level, Origin, Renderer, Snippet};
+
+use super::diagnostic::{Diagnostic, Severity, escaped, is_unsafe};
+
+/// Longest line that is shown, in bytes.
+const LINE_BYTES: usize = 16_384;
+
+/// Whether there are colours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Paint {
+    /// For a terminal.
+    Coloured,
+    /// For everything else.
+    Plain,
+}
+
+/// Draws it, for so many columns. `line` is the line of the file that it is about; where there is none it is empty. No
+/// control character of the input gets through.
+#[must_use]
+pub fn draw(diagnostic: &Diagnostic, line: &[u8], columns: usize, paint: Paint) -> String {
+    let level = match diagnostic.severity {
+        Severity::Error => Level::ERROR,
+        Severity::Warning => Level::WARNING,
+    };
+    let title = level.primary_title(escaped(&diagnostic.message));
+    let path = escaped(&diagnostic.path);
+    // One character for one, so that columns stay what they are.
+    let harmless = |c: char| {
+        if is_unsafe(c) && c != '\t' {
+            '\u{fffd}'
+        } else {
+            c
+        }
+    };
+    let text = String::from_utf8_lossy(line);
+    let text: String = text.trim_end().chars().map(harmless).collect();
+    let mut group = if text.is_empty() || text.len() > LINE_BYTES {
+        let origin = Origin::path(path).line(diagnostic.line);
+        title.element(origin.char_column(diagnostic.column))
+    } else {
+        let byte = |column: usize| {
+            let mut starts = text.char_indices().map(|(at, _)| at);
+            starts.nth(column - 1).unwrap_or(text.len())
+        };
+        let span = byte(diagnostic.column)..byte(diagnostic.end_column);
+        let snippet = Snippet::source(text.clone()).path(path);
+        let mark = AnnotationKind::Primary.span(span);
+        title.element(snippet.line_start(diagnostic.line).annotation(mark))
+    };
+    if let Some(help) = &diagnostic.help {
+        group = group.element(Level::HELP.message(escaped(help)));
+    }
+    let renderer = match paint {
+        Paint::Coloured => Renderer::styled(),
+        Paint::Plain => Renderer::plain(),
+    };
+    renderer.term_width(columns).render(&[group])
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+
+    use super::*;
+
+    fn drawn(line: &str, place: (usize, Range<usize>), paint: Paint) -> String {
+        let diagnostic = Diagnostic {
+            severity: Severity::Error,
+            path: "a\u{9b}.yaml".to_owned(),
+            line: place.0,
+            column: place.1.start,
+            end_column: place.1.end,
+            message: "wrong\u{1b}[2J".to_owned(),
+            help: Some("do\u{202e} this".to_owned()),
+        };
+        draw(&diagnostic, line.as_bytes(), 80, paint)
+    }
+
+    #[test]
+    fn the_place_is_marked_below_its_line() {
+        let expected = r"error: wrong\u{1b}[2J
+ --> a\u{9b}.yaml:2:4
+  |
+2 | b: näme # x
+  |    ^^^^
+  |
+  = help: do\u{202e} this";
+        assert_eq!(drawn("b: näme # x", (2, 4..8), Paint::Plain), expected);
+    }
+
+    #[test]
+    fn what_a_terminal_would_obey_is_escaped_in_the_source_too() {
+        for paint in [Paint::Plain, Paint::Coloured] {
+            let shown = drawn(
+                "x\u{9b}31m\u{1b}]0;\u{7}\u{202e}\u{61c}y\r",
+                (1, 2..3),
+                paint,
+            );
+            let harmless = shown.replace("\u{1b}[", "<").replace('m', ">");
+            let wild =
+                |c: char| (c.is_control() && c != '\n') || matches!(c, '\u{61c}' | '\u{202e}');
+            assert!(!harmless.contains(wild), "{shown:?}");
+            assert_eq!(paint == Paint::Coloured, shown.contains("\u{1b}["));
+        }
+    }
+
+    #[test]
+    fn a_long_line_is_cut_around_its_place() {
+        let line = format!("{}HERE{}", "a".repeat(8_000), "b".repeat(8_000));
+        for (columns, expected) in [(8_001..8_005, "aHEREb"), (1..16_005, "aaaa")] {
+            let shown = drawn(&line, (1, columns), Paint::Plain);
+            assert!(
+                shown.contains(expected) && shown.contains("^^^^"),
+                "{shown}"
+            );
+            assert!(
+                shown.lines().all(|line| line.chars().count() <= 90),
+                "{shown}"
+            );
+        }
+        let longer = drawn(&line.repeat(20), (1, 8_001..8_005), Paint::Plain);
+        assert!(longer.contains(":1:8001") && longer.len() < 200, "{longer}");
+    }
+
+    #[test]
+    fn a_place_that_is_not_there_is_told_all_the_same() {
+        for place in [(9, 1..2), (1, 2..3), (1, 1..900)] {
+            let shown = drawn("é", place.clone(), Paint::Plain);
+            assert!(
+                shown.contains(&format!(":{}:{}", place.0, place.1.start)),
+                "{shown}"
+            );
+        }
+        assert!(!drawn("", (1, 1..2), Paint::Plain).contains('|'));
+    }
+}

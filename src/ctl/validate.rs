@@ -1,0 +1,307 @@
+//! `nervectl validate`: everything that is wrong with all files at once, for people or for machines. Needs no daemon.
+
+use std::collections::BTreeSet;
+use std::env;
+use std::ffi::OsStr;
+use std::io::{self, IsTerminal as _, Read as _, Write as _};
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+
+use super::cli::{Format, Validate};
+use super::{Failure, Settings, print, text};
+use crate::config::definition::{self, Parsed};
+use crate::config::diagnostic::{Diagnostic, Severity};
+use crate::config::directory::{self, Found, Trust};
+use crate::config::picture::{Paint, draw};
+use crate::config::settings;
+use crate::model::limits;
+
+/// Exit status for bad input.
+const BROKEN: u8 = 65;
+/// Columns of a picture when nobody says how many there are.
+const COLUMNS: usize = 120;
+
+/// `nervectl validate`
+pub(super) fn validate(settings: &Settings, arguments: &Validate) -> Result<u8, Failure> {
+    let verdict = Verdict::on(settings, &arguments.files)?;
+    match arguments.output {
+        Format::Json => print(&format!("{:#}\n", verdict.json()))?,
+        Format::Text => {
+            show(&verdict);
+            print(&verdict.right)?;
+        }
+    }
+    let wrong = match arguments.strict {
+        true => verdict.found.len(),
+        false => verdict.count(Severity::Error),
+    };
+    Ok(if wrong == 0 { 0 } else { BROKEN })
+}
+
+/// What validation found.
+#[derive(Debug, Default)]
+struct Verdict {
+    files: usize,
+    /// A line for each file that is right.
+    right: String,
+    /// What is wrong, each with its line of the file.
+    found: Vec<(Diagnostic, Vec<u8>)>,
+}
+
+impl Verdict {
+    fn on(settings: &Settings, files: &[PathBuf]) -> Result<Self, Failure> {
+        let mut verdict = Self::default();
+        if files.is_empty() {
+            verdict.add_machine(settings);
+        }
+        for path in files {
+            verdict.add_file(path)?;
+        }
+        Ok(verdict)
+    }
+
+    /// All that nerved reads, as it reads it: what it would not trust is wrong.
+    fn add_machine(&mut self, settings: &Settings) {
+        let loaded = directory::load(&settings.definitions, Trust::RootOwned);
+        let others = settings::load(&settings.engine, Trust::RootOwned).diagnostics;
+        let others: Vec<Diagnostic> = loaded.diagnostics.into_iter().chain(others).collect();
+        let paths: BTreeSet<&str> = others.iter().map(|other| other.path.as_str()).collect();
+        for path in paths {
+            self.files += 1;
+            let source = match directory::read(Path::new(path), Trust::Anyone) {
+                Found::Bytes(bytes) => bytes,
+                Found::Mask | Found::Unusable(_) => Vec::new(),
+            };
+            let of_it = others.iter().filter(|other| other.path == path);
+            self.add(of_it.cloned(), &source);
+        }
+        for file in loaded.definitions.into_values() {
+            self.judge(file.parsed, &file.bytes);
+        }
+    }
+
+    fn add_file(&mut self, path: &Path) -> Result<(), Failure> {
+        if path == Path::new("-") {
+            let mut bytes = Vec::new();
+            let most = limits::DEFINITION_BYTES as u64 + 1;
+            let read = io::stdin().lock().take(most).read_to_end(&mut bytes);
+            read.map_err(|error| {
+                Failure::Input(format!("standard input cannot be read: {error}"))
+            })?;
+            self.judge(definition::parse("<stdin>", None, &bytes), &bytes);
+            return Ok(());
+        }
+        let shown = path.display().to_string();
+        match directory::read(path, Trust::Anyone) {
+            Found::Unusable(diagnostic) => {
+                self.files += 1;
+                self.add([diagnostic], &[]);
+            }
+            Found::Mask => {
+                self.files += 1;
+                self.say(&format!("{shown}: empty; it hides others of its name"));
+            }
+            Found::Bytes(bytes) if is_settings(path) => {
+                self.files += 1;
+                let (settings, diagnostics) = settings::parse(&shown, &bytes);
+                self.add(diagnostics, &bytes);
+                if settings.is_some() {
+                    self.say(&format!("{shown}: ok"));
+                }
+            }
+            Found::Bytes(bytes) => {
+                let stem = path.file_stem().map(OsStr::to_string_lossy);
+                self.judge(definition::parse(&shown, stem.as_deref(), &bytes), &bytes);
+            }
+        }
+        Ok(())
+    }
+
+    fn judge(&mut self, parsed: Parsed, source: &[u8]) {
+        self.files += 1;
+        let warnings = match &parsed.definition {
+            Some(definition) => {
+                self.say(&format!("{}: ok", definition.workflow.name));
+                definition::host_warnings(&parsed)
+            }
+            None => Vec::new(),
+        };
+        self.add(parsed.diagnostics.into_iter().chain(warnings), source);
+    }
+
+    /// Keeps of a file the lines that are spoken of.
+    fn add(&mut self, diagnostics: impl IntoIterator<Item = Diagnostic>, source: &[u8]) {
+        let lines: Vec<&[u8]> = source.split(|byte| *byte == b'\n').collect();
+        for diagnostic in diagnostics {
+            let line = lines.get(diagnostic.line - 1).copied().unwrap_or_default();
+            self.found.push((diagnostic, line.to_vec()));
+        }
+    }
+
+    fn say(&mut self, line: &str) {
+        self.right.push_str(&text::line(line));
+        self.right.push('\n');
+    }
+
+    fn count(&self, severity: Severity) -> usize {
+        let found = self.found.iter();
+        found
+            .filter(|(found, _)| found.severity == severity)
+            .count()
+    }
+
+    /// `2 errors, 1 warning in 1 of 3 files`; `None` when nothing is wrong.
+    fn summary(&self) -> Option<String> {
+        let number = |severity: Severity| match self.count(severity) {
+            0 => None,
+            1 => Some(format!("1 {severity}")),
+            count => Some(format!("{count} {severity}s")),
+        };
+        let words: Vec<String> = [Severity::Error, Severity::Warning]
+            .into_iter()
+            .filter_map(number)
+            .collect();
+        let paths: BTreeSet<&str> = self.found.iter().map(|(at, _)| at.path.as_str()).collect();
+        let files = if self.files == 1 { "file" } else { "files" };
+        let all = self.files;
+        (!words.is_empty())
+            .then(|| format!("{} in {} of {all} {files}", words.join(", "), paths.len()))
+    }
+
+    fn json(&self) -> serde_json::Value {
+        let object = |(found, _): &(Diagnostic, _)| {
+            json!({
+                "path": found.path,
+                "line": found.line,
+                "column": found.column,
+                "endColumn": found.end_column,
+                "severity": found.severity.to_string(),
+                "message": found.message,
+                "help": found.help,
+            })
+        };
+        self.found.iter().map(object).collect()
+    }
+}
+
+/// Whether a file is one of the engine's, by where it is.
+fn is_settings(path: &Path) -> bool {
+    path.file_name() == Some(OsStr::new("nerve.yaml"))
+        || path
+            .parent()
+            .is_some_and(|parent| parent.ends_with("nerve.yaml.d"))
+}
+
+/// The pictures and the summary, on stderr. Nobody can be told when it is gone.
+fn show(verdict: &Verdict) {
+    let Some(summary) = verdict.summary() else {
+        return;
+    };
+    let mut stderr = io::stderr().lock();
+    let set = |name: &str, when: fn(&OsStr) -> bool| env::var_os(name).is_some_and(|v| when(&v));
+    let is_plain = set("NO_COLOR", |value| !value.is_empty())
+        || set("TERM", |value| value == "dumb")
+        || !stderr.is_terminal();
+    let paint = if is_plain {
+        Paint::Plain
+    } else {
+        Paint::Coloured
+    };
+    let columns = rustix::termios::tcgetwinsize(&stderr)
+        .ok()
+        .map(|size| usize::from(size.ws_col))
+        .filter(|columns| *columns > 0)
+        .unwrap_or(COLUMNS);
+    for (diagnostic, line) in &verdict.found {
+        let picture = draw(diagnostic, line, columns, paint);
+        let _ = writeln!(stderr, "{picture}\n");
+    }
+    let _ = writeln!(stderr, "{summary}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RIGHT: &str = "version: 1\nname: right\nroles:\n  a:\n    exec: [/bin/true]\ngraph:\n  $START: a\n  a: { ok: $END }\n";
+
+    fn verdict(files: &[(&str, &str)]) -> Verdict {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |(name, text): &(&str, &str)| {
+            let path = directory.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let paths: Vec<PathBuf> = files.iter().map(path).collect();
+        Verdict::on(&Settings::default(), &paths).unwrap()
+    }
+
+    #[test]
+    fn each_file_is_judged_and_counted() {
+        let good = verdict(&[("right.yaml", RIGHT), ("mask.yaml", "")]);
+        assert_eq!((good.found.len(), good.summary()), (0, None));
+        assert!(good.right.starts_with("right: ok\n"), "{good:?}");
+        assert!(good.right.contains("mask.yaml: empty"), "{good:?}");
+        let bad = verdict(&[
+            ("wrong.yaml", "version: 1\nname: wrong\nrules: {}\n"),
+            ("right.yaml", RIGHT),
+            (
+                "warned.yaml",
+                &RIGHT
+                    .replace("bin/true", "nonexistent")
+                    .replace(": right", ": warned"),
+            ),
+            ("folder.yaml/mask.yaml", ""),
+        ]);
+        assert_eq!(bad.right.matches(": ok\n").count(), 2);
+        let summary = bad.summary().unwrap();
+        assert_eq!(summary, "3 errors, 1 warning in 2 of 4 files");
+        let missing = Verdict::on(&Settings::default(), &["/nonexistent/a.yaml".into()]).unwrap();
+        assert_eq!(missing.summary().unwrap(), "1 error in 1 of 1 file");
+    }
+
+    #[test]
+    fn settings_are_known_by_where_they_are() {
+        let files = [
+            ("nerve.yaml", "max_active: 0\n"),
+            ("nerve.yaml.d/a.yaml", "max_active: 1\n"),
+            ("other.yaml", "max_active: 1\n"),
+        ];
+        let found = verdict(&files);
+        assert!(found.right.ends_with("/nerve.yaml.d/a.yaml: ok\n"));
+        let json = found.json();
+        let first = json[0].as_object().unwrap();
+        let words: Vec<&str> = first.keys().map(String::as_str).collect();
+        let expected = [
+            "column",
+            "endColumn",
+            "help",
+            "line",
+            "message",
+            "path",
+            "severity",
+        ];
+        assert_eq!(words, expected);
+        assert_eq!(
+            (&first["column"], &first["endColumn"]),
+            (&json!(13), &json!(14))
+        );
+        assert!(json[1]["message"].to_string().contains("max_active"));
+    }
+
+    #[test]
+    fn no_definitions_at_all_are_right() {
+        let settings = Settings {
+            definitions: vec!["/nonexistent".into()],
+            engine: "/nonexistent/nerve.yaml".into(),
+            ..Settings::default()
+        };
+        let verdict = Verdict::on(&settings, &[]).unwrap();
+        assert_eq!(
+            (verdict.files, verdict.found.len(), verdict.right.as_str()),
+            (0, 0, "")
+        );
+    }
+}
