@@ -32,11 +32,9 @@ pub(super) fn validate(settings: &Settings, arguments: &Validate) -> Result<u8, 
             print(&verdict.right)?;
         }
     }
-    let wrong = match arguments.strict {
-        true => verdict.found.len(),
-        false => verdict.count(Severity::Error),
-    };
-    Ok(if wrong == 0 { 0 } else { BROKEN })
+    let warnings = verdict.count(Severity::Warning);
+    let is_right = verdict.count(Severity::Error) == 0 && !(arguments.strict && warnings > 0);
+    Ok(if is_right { 0 } else { BROKEN })
 }
 
 /// What validation found.
