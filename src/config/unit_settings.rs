@@ -254,7 +254,9 @@ fn assignment(word: &str) -> Result<(), String> {
         .chars()
         .any(|c| c.is_control() && c != '\t' && c != '\n')
     {
-        return Err(format!("the value of {name} has a control character in it; remove it"));
+        return Err(format!(
+            "the value of {name} has a control character in it; remove it"
+        ));
     }
     Ok(())
 }
