@@ -15,6 +15,39 @@ use serde_json::Value;
 const SCHEMAS: &str = "packaging/usr/share/nerve";
 const SHIPPED: &str = "packaging/usr/lib/nerve/workflows";
 
+/// The broken ones that no schema sees: graphs, templates, statuses, comparisons, what is said twice, what a unit's
+/// property means to systemd, and warnings.
+const UNSEEN: &[&str] = &[
+    "backs-off-backwards",
+    "calls-a-function",
+    "extracts-without-meta",
+    "folds-a-prompt",
+    "has-a-key-twice",
+    "has-a-status-that-is-error",
+    "has-a-status-that-is-open",
+    "has-a-status-twice",
+    "has-a-timeout-of-zero",
+    "has-a-user-for-a-command",
+    "has-another-name",
+    "has-bad-paths",
+    "has-keys-for-other-work",
+    "has-keys-without-effect",
+    "has-no-route-for-ok",
+    "includes-a-template",
+    "leads-to-nobody",
+    "leaves-a-block-open",
+    "leaves-a-tag-open",
+    "misspells-a-block",
+    "misspells-a-status-of-meta",
+    "names-an-unknown-filter",
+    "names-what-does-not-exist",
+    "never-ends",
+    "never-reaches-a-role",
+    "routes-an-unknown-role",
+    "routes-an-unknown-status",
+    "sets-bad-variables",
+];
+
 type Check = fn(&Path, &[u8]) -> Vec<Diagnostic>;
 
 fn definition(path: &Path, bytes: &[u8]) -> Vec<Diagnostic> {
@@ -62,7 +95,11 @@ fn what_is_said_about_a_broken_file_is_what_was_agreed_on() {
         for path in files(directory) {
             count += 1;
             let shown = shown(&path, check);
-            assert!(!shown.is_empty(), "nothing is wrong with {}", path.display());
+            assert!(
+                !shown.is_empty(),
+                "nothing is wrong with {}",
+                path.display()
+            );
             let expected = path.with_extension("txt");
             if std::env::var_os("NERVE_BLESS").is_some() {
                 fs::write(&expected, &shown).unwrap();
@@ -72,6 +109,51 @@ fn what_is_said_about_a_broken_file_is_what_was_agreed_on() {
             }
         }
     }
-    assert!(different.is_empty(), "not as agreed on:\n{}", different.join("\n"));
+    assert!(
+        different.is_empty(),
+        "not as agreed on:\n{}",
+        different.join("\n")
+    );
     assert!(count >= 60, "{count} files");
+}
+
+/// Whether a file is one by the schema that editors have. What is no YAML is not.
+fn fits(schema: &Validator, path: &Path) -> bool {
+    let text = fs::read_to_string(path).unwrap();
+    serde_yaml::from_str::<Value>(&text).is_ok_and(|value| schema.is_valid(&value))
+}
+
+fn schema(name: &str) -> Validator {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join(SCHEMAS)
+        .join(name);
+    let schema: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+    assert!(jsonschema::meta::is_valid(&schema), "{name}");
+    jsonschema::validator_for(&schema).unwrap()
+}
+
+#[test]
+fn a_schema_sees_what_is_wrong_in_shape() {
+    for (directory, name, unseen) in [
+        ("tests/corpus/definitions", "workflow.schema.json", UNSEEN),
+        ("tests/corpus/settings", "nerve.schema.json", &[]),
+    ] {
+        let schema = schema(name);
+        let paths = files(directory).into_iter();
+        let seen = paths.filter(|path| fits(&schema, path));
+        let seen: Vec<String> = seen
+            .map(|path| path.file_stem().unwrap().to_string_lossy().into_owned())
+            .collect();
+        assert_eq!(seen, unseen, "{directory}");
+    }
+}
+
+#[test]
+fn what_is_good_is_good_for_both() {
+    let schema = schema("workflow.schema.json");
+    for path in ["tests/corpus/good", SHIPPED].into_iter().flat_map(files) {
+        let found = definition(&path, &fs::read(&path).unwrap());
+        assert_eq!(found, [], "{}", path.display());
+        assert!(fits(&schema, &path), "{}", path.display());
+    }
 }

@@ -149,7 +149,9 @@ fn workflow(
         .get("retention")
         .map(|entry| retention::read(reader, &entry.value));
     let mut worker = worker(reader, fields, host_checks);
-    let is_own = !worker.exec.is_empty();
+    let is_own = fields
+        .get("worker")
+        .is_some_and(|entry| entry.value.get("exec").is_some());
     let roles = if is_own && fields.get("roles").is_none() {
         BTreeMap::new()
     } else {
@@ -158,7 +160,8 @@ fn workflow(
     let (routing, complete) = routing(reader, node, fields, is_own, host_checks)?;
     let known = roles.values().flatten();
     worker.credentials.extend(known.flat_map(Role::credentials));
-    let roles_complete = roles.values().all(Option::is_some);
+    let unread = roles.iter().filter(|(_, role)| role.is_none());
+    let unread = unread.map(|(name, _)| name.clone()).collect();
     let roles = roles
         .into_iter()
         .map(|(name, role)| (name, role.unwrap_or_else(roles::nothing)))
@@ -179,7 +182,7 @@ fn workflow(
     };
     let roles_node = fields.get("roles").filter(|_| !workflow.roles.is_empty());
     if let (Some(roles), Some(graph)) = (roles_node, fields.get("graph")) {
-        routes::check(reader, &workflow, roles, graph, complete && roles_complete);
+        routes::check(reader, &workflow, roles, graph, complete, &unread);
     }
     Some(workflow)
 }
@@ -229,7 +232,11 @@ fn version(reader: &mut Reader, node: &Node) -> Option<()> {
         return Some(());
     }
     let message = format!("version is {}", quoted(text));
-    reader.error_help(entry.value.place, message, "this nerve reads `version: 1`");
+    reader.error_help(
+        entry.value.place,
+        message,
+        "write `version: 1`, which is what this nerve reads, or update nerve",
+    );
     None
 }
 
@@ -313,13 +320,7 @@ fn worker(
         return WorkerSettings::default();
     };
     let settings = unit_settings::read(reader, &section.value, host_checks);
-    let place = |key: &str| match &section.value.content {
-        Content::Map(entries) => entries
-            .iter()
-            .find(|entry| entry.key == key)
-            .map(|entry| entry.value.place),
-        _ => None,
-    };
+    let place = |key: &str| Some(section.value.get(key)?.value.place);
     let named = |name: &&String| !name.bytes().all(|b| b.is_ascii_digit());
     let user = settings.user.iter().filter(named);
     host_checks
@@ -596,7 +597,7 @@ worker:
                 "f.yaml:13:10: error: cwd of role c is \"build\", which is not absolute",
                 "f.yaml:14:14: error: timeout of role c is zero",
                 "f.yaml:15:5: error: unknown key \"promt\" in role c (did you mean prompt?)",
-                "f.yaml:17:11: error: there is no role d (the roles are c)",
+                "f.yaml:17:11: error: there is no role d (write it below `roles:`, or name one of c)",
                 "f.yaml:18:10: error: unknown key \"Usr\" in worker (did you mean User?)",
                 "f.yaml:18:29: error: MemoryMax: \"4Q\" is no size",
             ],
@@ -619,7 +620,7 @@ worker:
         says("a: !exec x\n", &["1:4: error: a tag"]);
         says(
             &with("version: 1", "version: 2"),
-            &["f.yaml:1:10: error: version is \"2\" (this nerve reads `version: 1`)"],
+            &["f.yaml:1:10: error: version is \"2\" (write `version: 1`"],
         );
         says(
             &with("version: 1", "# none"),
@@ -902,11 +903,7 @@ graph:
                 "on: [exit-code:x,",
                 "a retry is never for",
             ),
-            (
-                "status: again",
-                "status: agian",
-                "its statuses are done, again and error",
-            ),
+            ("status: again", "status: agian", "did you mean again?"),
             ("again: coder}", "agian: coder}", "did you mean again?"),
             ("    prompt: x", "    exec: [x]", "has exec and agent"),
             ("TOKEN:", "NERVE_X:", "is set by nerve"),

@@ -99,21 +99,28 @@ pub(super) fn nearest<'a>(
         .map(|(_, candidate)| candidate)
 }
 
-/// How many characters to insert, remove or replace; a difference in case alone counts as one.
+/// How many characters to insert, remove, replace, or swap with the next; a difference in case alone counts as one.
 fn distance(from: &[char], to: &str) -> usize {
     if from.iter().collect::<String>().eq_ignore_ascii_case(to) {
         return 1;
     }
-    let mut row: Vec<usize> = (0..=from.len()).collect();
-    for (i, b) in to.chars().enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+    let to: Vec<char> = to.chars().collect();
+    let mut rows: Vec<Vec<usize>> = vec![(0..=from.len()).collect()];
+    for (i, b) in to.iter().enumerate() {
+        let mut row = vec![i + 1];
         for (j, a) in from.iter().enumerate() {
-            let replaced = diagonal + usize::from(*a != b);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
+            let replaced = rows[i][j] + usize::from(a != b);
+            let least = replaced.min(rows[i][j + 1] + 1).min(row[j] + 1);
+            let is_swap = i > 0 && j > 0 && *a == to[i - 1] && from[j - 1] == *b;
+            row.push(if is_swap {
+                least.min(rows[i - 1][j - 1] + 1)
+            } else {
+                least
+            });
         }
+        rows.push(row);
     }
-    row[from.len()]
+    rows[to.len()][from.len()]
 }
 
 /// The allowed words for a message: `a, b, c`.
@@ -157,7 +164,7 @@ mod tests {
         for (typed, meant) in [
             ("timout", Some("timeout")),
             ("promt", Some("prompt")),
-            ("exce", None),
+            ("exce", Some("exec")),
             ("exe", Some("exec")),
             ("user", Some("User")),
             ("TIMEOUT", Some("timeout")),

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::diagnostic::{Diagnostic, Severity, listed, nearest, quoted};
 use super::time::parse_duration;
-use super::yaml::{self, Content, Entry, Node, Place, QUOTE_TEMPLATE};
+use super::yaml::{self, Content, Entry, Node, Place};
 use crate::model::limits;
 
 /// Most diagnostics of one file: whoever reads them mends these first.
@@ -159,11 +159,11 @@ impl Reader {
             Content::Map(entries) => Some(entries),
             other => {
                 let found = kind(other);
-                self.error_help(
-                    node.place,
-                    format!("{subject} is {found}"),
-                    "write it as a map of keys and values",
-                );
+                let help = match other {
+                    Content::Null => "write what it has below it, indented",
+                    _ => "write it as a map, lines like `key: value`",
+                };
+                self.error_help(node.place, format!("{subject} is {found}"), help);
                 None
             }
         }
@@ -206,8 +206,9 @@ impl Reader {
             }
             Content::Text { text, .. } => return Some(text),
             Content::Null => "give it a value, or remove the key",
-            Content::Map(_) => QUOTE_TEMPLATE,
-            Content::List(_) => "write it as text",
+            Content::Map(_) | Content::List(_) => {
+                "write it as text, in quotes when it begins with { or [ or has ': ' in it"
+            }
         };
         self.error_help(
             node.place,
@@ -254,6 +255,9 @@ impl Reader {
             let words = || choices.iter().map(|(word, _)| *word);
             let help = match nearest(text, words()) {
                 Some(meant) => format!("did you mean {meant}?"),
+                None if choices.len() == 1 => {
+                    format!("write {}, or remove the key", listed(words()))
+                }
                 None => format!("write one of {}", listed(words())),
             };
             self.error_help(node.place, format!("{subject} is {}", quoted(text)), help);

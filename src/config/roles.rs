@@ -146,6 +146,9 @@ fn role(
     let rehearsal = fields.get("dry_run");
     let rehearsal = rehearsal
         .and_then(|entry| rehearsal_of(reader, &entry.value, &of("dry_run"), meta.as_ref()));
+    if !is_meta_right && meta.is_none() {
+        return None;
+    }
     let role = Role {
         work: work?,
         prompt,
@@ -204,8 +207,8 @@ fn codes(reader: &mut Reader, node: &Node, subject: &str) -> Option<BTreeSet<u8>
     let nodes = list(reader, node, subject, "[0, 1]")?;
     let mut codes = BTreeSet::new();
     for node in nodes {
-        let code = reader.integer(node, &format!("a code of {subject}"), 0..=255)?;
-        codes.extend(u8::try_from(code));
+        let code = reader.integer(node, &format!("a code of {subject}"), 0..=255);
+        codes.extend(code.and_then(|code| u8::try_from(code).ok()));
     }
     Some(codes)
 }
@@ -280,7 +283,11 @@ fn retry_of(reader: &mut Reader, node: &Node, subject: &str) -> Retry {
         };
         let class = word.split(':').next().unwrap_or_default();
         let is_known = FAILURES.contains(&class);
-        if !is_known || (class != word && word.parse::<RunResult>().is_err()) {
+        let is_result = match word.parse::<RunResult>() {
+            Ok(RunResult::ExitCode(code)) => (1..=255).contains(&code),
+            result => result.is_ok(),
+        };
+        if !is_known || (class != word && !is_result) {
             let help = match nearest(class, FAILURES).filter(|_| !is_known) {
                 Some(meant) => format!("did you mean {meant}?"),
                 None => "write what a round can fail with, as nerve-workflow(5) lists it: exit-code:75, signal:SIGSEGV, llm-error:rate-limited, role-timeout".to_owned(),

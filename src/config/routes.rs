@@ -1,6 +1,6 @@
 //! The `graph` section of a definition, and the faults of a graph at their places. Called by `definition`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::diagnostic::{listed, nearest, quoted};
 use super::reader::{Fields, Reader};
@@ -41,11 +41,11 @@ pub(super) fn graph(reader: &mut Reader, node: &Node, fields: Fields<'_>) -> Opt
             }
         } else if entry.key.starts_with('$') {
             let message = format!("unknown word {} in graph", quoted(&entry.key));
-            reader.error_help(
-                entry.place,
-                message,
-                "the graph has $START and the names of roles",
-            );
+            let help = match nearest(&entry.key, [START]) {
+                Some(meant) => format!("did you mean {meant}?"),
+                None => format!("write {START}, or the name of a role"),
+            };
+            reader.error_help(entry.place, message, help);
         } else if let Some(role) = role_name(reader, entry.place, &entry.key) {
             let outcomes = outcomes(reader, entry);
             routes.insert(role, outcomes);
@@ -96,9 +96,15 @@ fn target(reader: &mut Reader, node: &Node, subject: &str) -> Option<Target> {
     if text == END {
         return Some(Target::End);
     }
-    if text.starts_with('$') {
+    let meant_end = text.trim_start_matches('$').eq_ignore_ascii_case("end");
+    if meant_end || text.starts_with('$') {
+        let help = if meant_end {
+            "did you mean $END?"
+        } else {
+            "write a role, or $END"
+        };
         let message = format!("{subject} leads to {}", quoted(text));
-        reader.error_help(node.place, message, "a route leads to a role or to $END");
+        reader.error_help(node.place, message, help);
         return None;
     }
     role_name(reader, node.place, text).map(Target::Role)
@@ -118,19 +124,28 @@ pub(super) fn check(
     roles: &Entry,
     graph: &Entry,
     complete: bool,
+    unread: &BTreeSet<RoleName>,
 ) {
+    let complete = complete && unread.is_empty();
     let names = || workflow.roles.keys().map(RoleName::as_str);
     let role_help = |name: &RoleName| match nearest(name.as_str(), names()) {
         Some(meant) => format!("did you mean {meant}?"),
-        None => format!("the roles are {}", listed(names())),
+        None => format!(
+            "write it below `roles:`, or name one of {}",
+            listed(names())
+        ),
     };
     let at_role = |role: &RoleName| {
-        find(&roles.value, role.as_str()).map_or(roles.place, |entry| entry.place)
+        roles
+            .value
+            .get(role.as_str())
+            .map_or(roles.place, |entry| entry.place)
     };
-    let of_graph = |key: &str| find(&graph.value, key);
+    let of_graph = |key: &str| graph.value.get(key);
     for fault in workflow.check() {
         match fault {
             Fault::Unreachable(_) | Fault::MissingRoute(..) | Fault::Endless if !complete => {}
+            Fault::UnknownStatus(role, _) if unread.contains(&role) => {}
             Fault::Unreachable(role) => {
                 let message = format!("no route leads to role {role}");
                 reader.error_help(
@@ -150,7 +165,7 @@ pub(super) fn check(
                 );
             }
             Fault::UnknownStatus(role, status) => {
-                let route = of_graph(role.as_str()).and_then(|entry| find(&entry.value, &status));
+                let route = of_graph(role.as_str()).and_then(|entry| entry.value.get(&status));
                 let role_of = workflow.roles.get(&role);
                 let known = || role_of.into_iter().flat_map(Role::statuses);
                 let help = match nearest(&status, known().chain([ERROR])) {
@@ -168,7 +183,7 @@ pub(super) fn check(
                 let entry = match &from {
                     None => of_graph(START),
                     Some((role, status)) => {
-                        of_graph(role.as_str()).and_then(|entry| find(&entry.value, status))
+                        of_graph(role.as_str()).and_then(|entry| entry.value.get(status))
                     }
                 };
                 let place = entry.map_or(graph.place, |entry| entry.value.place);
@@ -187,12 +202,5 @@ pub(super) fn check(
                 reader.warning(graph.place, message, "route a status to $END");
             }
         }
-    }
-}
-
-fn find<'n>(node: &'n Node, key: &str) -> Option<&'n Entry> {
-    match &node.content {
-        Content::Map(entries) => entries.iter().find(|entry| entry.key == key),
-        _ => None,
     }
 }

@@ -49,6 +49,11 @@ const WORDS: [&str; 22] = [
     "with",
     "as",
 ];
+/// Filters and tests that people mistype.
+const COMMON: [&str; 20] = [
+    "default", "first", "indent", "join", "last", "length", "lines", "lower", "map", "replace",
+    "reverse", "select", "sort", "split", "title", "tojson", "trim", "upper", "defined", "none",
+];
 /// How deep macros and loops may call each other while rendering; enough for people, and safe on a stack of 2 MiB.
 const RECURSION: usize = 32;
 
@@ -110,7 +115,7 @@ pub(super) fn check(prompt: &str, roles: &[&str]) -> Vec<TemplateFault> {
             return vec![TemplateFault {
                 part: template_shape::line_of(prompt, error.line().unwrap_or(1)),
                 message: escaped(&message),
-                help: "see TEMPLATES in nerve-workflow(5); {% raw %} … {% endraw %} keeps braces that are none".to_owned(),
+                help: syntax_help(&message),
             }];
         }
     };
@@ -140,6 +145,26 @@ pub(super) fn check(prompt: &str, roles: &[&str]) -> Vec<TemplateFault> {
     faults
 }
 
+/// What to do about what minijinja says of a template's syntax.
+fn syntax_help(message: &str) -> String {
+    const STATEMENTS: [&str; 10] = [
+        "if", "elif", "else", "endif", "for", "endfor", "set", "endset", "raw", "endraw",
+    ];
+    let word = message.strip_prefix("unknown statement ");
+    if let Some(meant) = word.and_then(|word| nearest(word, STATEMENTS)) {
+        return format!("did you mean {meant}?");
+    }
+    if message.contains("end of variable block") {
+        "write }} at its end".to_owned()
+    } else if message.contains("end of input") {
+        "close the tag with %}, and the block with {% endif %}, {% endfor %} or what it is"
+            .to_owned()
+    } else {
+        "see Templates in nerve-workflow(5); {% raw %} … {% endraw %} keeps braces as they are"
+            .to_owned()
+    }
+}
+
 /// minijinja looks filters and tests up when it renders; this asks for them before.
 fn unknown_word(environment: &Environment<'_>, word: &Word<'_>) -> Option<TemplateFault> {
     let mut state = environment.empty_state();
@@ -154,7 +179,10 @@ fn unknown_word(environment: &Environment<'_>, word: &Word<'_>) -> Option<Templa
     unknown.then(|| TemplateFault {
         part: at..at + name.len(),
         message: format!("unknown {what} {}", quoted(name)),
-        help: format!("templates have the {what}s of minijinja, and no others"),
+        help: match nearest(name, COMMON) {
+            Some(meant) => format!("did you mean {meant}?"),
+            None => format!("use one of minijinja's {what}s"),
+        },
     })
 }
 

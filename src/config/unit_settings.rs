@@ -214,7 +214,7 @@ fn burst(text: &str) -> Result<u32, String> {
         .filter(|burst| digits && (1..=DEATHS).contains(&(*burst as usize)))
         .ok_or_else(|| {
             format!(
-                "{} is no number of deaths; write a whole number from 1 to {DEATHS}",
+                "{} is out of range; write a whole number from 1 to {DEATHS}",
                 quoted(text)
             )
         })
@@ -416,7 +416,7 @@ mod tests {
             ("PrivateNetwork: maybe", "neither yes nor no"),
             (
                 "StartLimitBurst: 0",
-                "StartLimitBurst: \"0\" is no number of deaths; write a whole number from 1 to 100",
+                "StartLimitBurst: \"0\" is out of range; write a whole number from 1 to 100",
             ),
             ("StartLimitBurst: 101", "a whole number from 1 to 100"),
             ("StartLimitBurst: +5", "a whole number from 1 to 100"),

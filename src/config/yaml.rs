@@ -53,6 +53,16 @@ impl Place {
         Self { end, ..self }
     }
 
+    /// The end of the last line that has anything, for what is found at the end of the file.
+    fn in_text(self, lines: &[&str]) -> Self {
+        match lines.iter().rposition(|line| !line.trim().is_empty()) {
+            Some(last) if last + 1 < self.line => {
+                Self::at(last + 1, lines[last].trim_end().chars().count())
+            }
+            _ => self,
+        }
+    }
+
     fn until_end(self, lines: &[&str]) -> Self {
         let line = lines.get(self.line - 1);
         self.until(line.map_or(0, |line| line.trim_end().chars().count() + 1))
@@ -81,6 +91,14 @@ pub(super) enum Content {
 }
 
 impl Node {
+    /// A key of a map.
+    pub fn get(&self, key: &str) -> Option<&Entry> {
+        match &self.content {
+            Content::Map(entries) => entries.iter().find(|entry| entry.key == key),
+            _ => None,
+        }
+    }
+
     /// Where a part of a text is, in bytes of it. Known of block scalars, whose lines are the file's lines, and of what
     /// stands in one line as it is; of all others the whole is marked.
     pub fn part(&self, part: Range<usize>) -> Place {
@@ -150,10 +168,11 @@ pub(super) fn parse(text: &str) -> (Option<Node>, Vec<Fault>) {
             Err(error) => {
                 let marker = error.marker();
                 let place = Place::at(marker.line().max(1), marker.col() + 1);
+                let place = place.in_text(&lines);
                 let help = if template_near(text, place.line) {
                     QUOTE_TEMPLATE
                 } else {
-                    "look for what is not closed, not quoted or not indented here, or in the line before"
+                    yaml_help(error.info())
                 };
                 Err(Fault::new(
                     place,
@@ -175,6 +194,24 @@ pub(super) fn parse(text: &str) -> (Option<Node>, Vec<Fault>) {
         ));
     }
     (builder.root, builder.faults)
+}
+
+/// What to do about the parser's commonest complaints.
+fn yaml_help(complaint: &str) -> &'static str {
+    const HELP: [(&str, &str); 4] = [
+        ("mapping values", "a value that has ': ' in it needs quotes"),
+        ("tab", "indent with blanks"),
+        ("anchor", "write &NAME before the value that *NAME repeats"),
+        (
+            "quoted scalar",
+            "look for a quotation mark that is not closed",
+        ),
+    ];
+    let help = HELP.iter().find(|(word, _)| complaint.contains(word));
+    help.map_or(
+        "look for what is not closed, not quoted or not indented here, or in the lines before",
+        |(_, help)| help,
+    )
 }
 
 /// Whether a value on this line, or on the two before it, looks like an unquoted template.

@@ -141,7 +141,7 @@ impl FromStr for RoleName {
             Err(invalid(
                 "role name",
                 text,
-                "use [a-z][a-z0-9_]*, at most 64 characters, like run_tests",
+                "use lower-case letters, digits and _, the first one a letter, at most 64 of them, like run_tests",
             ))
         }
     }
