@@ -13,7 +13,7 @@ use nerve::config::settings;
 use serde_json::Value;
 
 const SCHEMAS: &str = "packaging/usr/share/nerve";
-const SHIPPED: &str = "packaging/usr/lib/nerve/workflows";
+const SHIPPED: &str = "packaging/usr/lib/nerve";
 
 /// The broken ones that no schema sees: graphs, templates, statuses, comparisons, what is said twice, what a unit's
 /// property means to systemd, and warnings.
@@ -136,7 +136,7 @@ fn schema(name: &str) -> Validator {
 fn a_schema_sees_what_is_wrong_in_shape() {
     for (directory, name, unseen) in [
         ("tests/corpus/definitions", "workflow.schema.json", UNSEEN),
-        ("tests/corpus/settings", "nerve.schema.json", &[]),
+        ("tests/corpus/settings", "nerve.schema.json", &["has-a-key-twice"]),
     ] {
         let schema = schema(name);
         let paths = files(directory).into_iter();
@@ -150,10 +150,25 @@ fn a_schema_sees_what_is_wrong_in_shape() {
 
 #[test]
 fn what_is_good_is_good_for_both() {
-    let schema = schema("workflow.schema.json");
-    for path in ["tests/corpus/good", SHIPPED].into_iter().flat_map(files) {
-        let found = definition(&path, &fs::read(&path).unwrap());
-        assert_eq!(found, [], "{}", path.display());
-        assert!(fits(&schema, &path), "{}", path.display());
+    for (kind, shipped, name, check) in [
+        (
+            "definitions",
+            "workflows",
+            "workflow.schema.json",
+            definition as Check,
+        ),
+        ("settings", "nerve.yaml.d", "nerve.schema.json", settings),
+    ] {
+        let schema = schema(name);
+        let good = format!("tests/corpus/good/{kind}");
+        let shipped = format!("{SHIPPED}/{shipped}");
+        for path in [good, shipped]
+            .iter()
+            .flat_map(|directory| files(directory))
+        {
+            let found = check(&path, &fs::read(&path).unwrap());
+            assert_eq!(found, [], "{}", path.display());
+            assert!(fits(&schema, &path), "{}", path.display());
+        }
     }
 }

@@ -24,6 +24,7 @@ use crate::model::limits;
 use crate::model::name::WorkflowName;
 use crate::model::role::Role;
 use crate::model::run::Digest;
+use crate::model::tools::Tools;
 use crate::model::workflow::{Definition, OnFull, Overflow, Routing, WorkerSettings, Workflow};
 
 const KEYS: [&str; 14] = [
@@ -352,11 +353,12 @@ fn worker(
     settings
 }
 
-/// What the definition expects and this machine does not have: executables, paths, users, groups. Warnings, since a
+/// What the definition expects and this machine does not have: executables, paths, users, groups, and what nerve.yaml
+/// provides, which is `tools`. Warnings, since a
 /// round ends in `exec-failed`, or the worker cannot be started, only if it is still so then. Looks at the file system.
 #[must_use]
-pub fn host_warnings(parsed: &Parsed) -> Vec<Diagnostic> {
-    host::warnings(&parsed.path, &parsed.host_checks, Path::new("/"))
+pub fn host_warnings(parsed: &Parsed, tools: &Tools) -> Vec<Diagnostic> {
+    host::warnings(&parsed.path, &parsed.host_checks, Path::new("/"), tools)
 }
 
 #[cfg(test)]
@@ -1003,10 +1005,15 @@ graph:
         .unwrap();
         fs::write(root.path().join("etc/group"), "adm:x:4:\nbuild:x:5:\n").unwrap();
         let parsed = parse("f.yaml", None, GOOD.as_bytes());
-        let warnings: Vec<String> = host::warnings(&parsed.path, &parsed.host_checks, root.path())
-            .iter()
-            .map(ToString::to_string)
-            .collect();
+        let warnings: Vec<String> = host::warnings(
+            &parsed.path,
+            &parsed.host_checks,
+            root.path(),
+            &Tools::default(),
+        )
+        .iter()
+        .map(ToString::to_string)
+        .collect();
         assert_eq!(
             warnings,
             [
@@ -1021,7 +1028,13 @@ graph:
         fs::remove_file(root.path().join("etc/passwd")).unwrap();
         fs::create_dir(root.path().join("srv")).unwrap();
         assert_eq!(
-            host::warnings(&parsed.path, &parsed.host_checks, root.path()).len(),
+            host::warnings(
+                &parsed.path,
+                &parsed.host_checks,
+                root.path(),
+                &Tools::default()
+            )
+            .len(),
             1
         );
     }

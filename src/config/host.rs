@@ -7,6 +7,7 @@ use std::path::Path;
 use super::diagnostic::{Diagnostic, nearest, quoted};
 use super::reader::Reader;
 use super::yaml::Place;
+use crate::model::tools::Tools;
 
 /// What a definition expects of the machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,6 +16,8 @@ pub(super) enum HostCheck {
     User(String),
     Group(String),
     Path(String),
+    Provider(String),
+    Agent(String),
 }
 
 /// What of it is missing below `root`.
@@ -22,6 +25,7 @@ pub(super) fn warnings(
     definition: &str,
     checks: &[(Place, HostCheck)],
     root: &Path,
+    tools: &Tools,
 ) -> Vec<Diagnostic> {
     let below = |path: &str| root.join(path.trim_start_matches('/'));
     let known = |file: &str, name: &str| {
@@ -41,7 +45,31 @@ pub(super) fn warnings(
     };
     let mut reader = Reader::default();
     for (place, check) in checks {
+        let mut named = |section: &str, name: &str, known: Vec<&String>| {
+            if known.iter().any(|known| *known == name) {
+                return;
+            }
+            let help = match nearest(name, known.into_iter().map(String::as_str)) {
+                Some(meant) => format!("did you mean {meant}?"),
+                None => format!(
+                    "write `{name}:` below `{section}:` in /etc/nerve/nerve.yaml, or its rounds end in exec-failed"
+                ),
+            };
+            reader.warning(
+                *place,
+                format!("{} is not in the {section} of nerve.yaml", quoted(name)),
+                help,
+            );
+        };
         let (what, name, file) = match check {
+            HostCheck::Provider(name) => {
+                named("providers", name, tools.providers.keys().collect());
+                continue;
+            }
+            HostCheck::Agent(name) => {
+                named("agents", name, tools.agents.keys().collect());
+                continue;
+            }
             HostCheck::Executable { subject, path } => {
                 if !below(path).exists() {
                     let message = format!(

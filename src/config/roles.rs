@@ -139,7 +139,9 @@ fn role(
                 "write the JSON Schema that is to be met, or remove it",
             );
         }
-        name_of(reader, &entry.value, &of("extract"))
+        let name = name_of(reader, &entry.value, &of("extract"))?;
+        host_checks.push((entry.value.place, HostCheck::Provider(name.clone())));
+        Some(name)
     });
     let retry = fields.get("retry");
     let retry = retry.map(|entry| retry_of(reader, &entry.value, &of("retry")));

@@ -45,8 +45,18 @@ pub(super) fn read(
     let subject = format!("{} of role {role}", entry.key);
     match entry.key.as_str() {
         "exec" => exec(reader, &entry.value, &subject, host_checks).map(Work::Exec),
-        "llm" => llm(reader, fields, entry, &subject, roles).map(Work::Llm),
-        _ => agent(reader, entry, &subject).map(Work::Agent),
+        "llm" => {
+            let llm = llm(reader, fields, entry, &subject, roles)?;
+            let place = entry.value.get("provider").unwrap_or(entry).value.place;
+            host_checks.push((place, HostCheck::Provider(llm.provider.clone())));
+            Some(Work::Llm(llm))
+        }
+        _ => {
+            let agent = agent(reader, entry, &subject)?;
+            let place = entry.value.get("name").unwrap_or(entry).value.place;
+            host_checks.push((place, HostCheck::Agent(agent.name.clone())));
+            Some(Work::Agent(agent))
+        }
     }
 }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::env;
 use std::ffi::OsStr;
 use std::io::{self, IsTerminal as _, Read as _, Write as _};
+use std::mem;
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
@@ -16,6 +17,7 @@ use crate::config::directory::{self, Found, Trust};
 use crate::config::picture::{Paint, draw};
 use crate::config::settings;
 use crate::model::limits;
+use crate::model::tools::Tools;
 
 /// Exit status for bad input.
 const BROKEN: u8 = 65;
@@ -41,6 +43,8 @@ pub(super) fn validate(settings: &Settings, arguments: &Validate) -> Result<u8, 
 #[derive(Debug, Default)]
 struct Verdict {
     files: usize,
+    /// What nerve.yaml provides on this machine.
+    tools: Tools,
     /// A line for each file that is right.
     right: String,
     /// What is wrong, each with its line of the file.
@@ -49,11 +53,18 @@ struct Verdict {
 
 impl Verdict {
     fn on(settings: &Settings, files: &[PathBuf]) -> Result<Self, Failure> {
-        let mut verdict = Self::default();
+        let engine = settings::load(&settings.engine, Trust::Anyone).settings;
+        let mut verdict = Self {
+            tools: engine.tools,
+            ..Self::default()
+        };
         if files.is_empty() {
             verdict.add_machine(settings);
         }
-        for path in files {
+        // What is provided first: definitions may need it.
+        let (engine, definitions): (Vec<_>, Vec<_>) =
+            files.iter().partition(|path| is_settings(path));
+        for path in engine.into_iter().chain(definitions) {
             verdict.add_file(path)?;
         }
         Ok(verdict)
@@ -104,7 +115,8 @@ impl Verdict {
                 self.files += 1;
                 let (settings, diagnostics) = settings::parse(&shown, &bytes);
                 self.add(diagnostics, &bytes);
-                if settings.is_some() {
+                if let Some(settings) = settings {
+                    self.tools = mem::take(&mut self.tools).beaten_by(settings.tools);
                     self.say(&format!("{shown}: ok"));
                 }
             }
@@ -121,7 +133,7 @@ impl Verdict {
         let warnings = match &parsed.definition {
             Some(definition) => {
                 self.say(&format!("{}: ok", definition.workflow.name));
-                definition::host_warnings(&parsed)
+                definition::host_warnings(&parsed, &self.tools)
             }
             None => Vec::new(),
         };
@@ -251,11 +263,36 @@ mod tests {
                     .replace("bin/true", "nonexistent")
                     .replace(": right", ": warned"),
             ),
-            ("folder.yaml/mask.yaml", ""),
+            (
+                "unprovided.yaml",
+                &RIGHT
+                    .replace(
+                        "exec: [/bin/true]",
+                        "{llm: {provider: near}, extract: nobodys, meta: {type: object}}",
+                    )
+                    .replace(": right", ": unprovided"),
+            ),
+            (
+                "nerve.yaml",
+                "providers: {neat: {base_url: 'http://[::1]/v1'}}\n",
+            ),
         ]);
-        assert_eq!(bad.right.matches(": ok\n").count(), 2);
+        assert_eq!(bad.right.matches(": ok\n").count(), 4);
         let summary = bad.summary().unwrap();
-        assert_eq!(summary, "3 errors, 1 warning in 2 of 4 files");
+        assert_eq!(summary, "3 errors, 3 warnings in 3 of 5 files");
+        let said = |words: &str| {
+            bad.found
+                .iter()
+                .any(|(found, _)| found.to_string().contains(words))
+        };
+        assert!(
+            said("\"near\" is not in the providers of nerve.yaml (did you mean neat?)"),
+            "{bad:?}"
+        );
+        assert!(
+            said("\"nobodys\" is not in the providers of nerve.yaml (write"),
+            "{bad:?}"
+        );
         let missing = Verdict::on(&Settings::default(), &["/nonexistent/a.yaml".into()]).unwrap();
         assert_eq!(missing.summary().unwrap(), "1 error in 1 of 1 file");
     }
@@ -293,7 +330,10 @@ mod tests {
     fn no_definitions_at_all_are_right() {
         let settings = Settings {
             definitions: vec!["/nonexistent".into()],
-            engine: "/nonexistent/nerve.yaml".into(),
+            engine: settings::Places {
+                file: "/nonexistent/nerve.yaml".into(),
+                vendor: "/nonexistent/nerve.yaml.d".into(),
+            },
             ..Settings::default()
         };
         let verdict = Verdict::on(&settings, &[]).unwrap();
