@@ -20,10 +20,13 @@ SEED    ?=
 # make corruption: how many damages.
 CORRUPTIONS ?= 200000
 
+# make fuzz: how long each target.
+FUZZ_SECONDS ?= 600
+
 # make crash-states: so many distinct ones.
 STATES  ?= 100000
 
-.PHONY: help setup build build-failpoints demo test test-matrix soak crash-states mutants corruption bench install uninstall clean
+.PHONY: help setup build build-failpoints demo test test-matrix soak crash-states mutants corruption fuzz bench install uninstall clean
 
 help:
 	@echo 'make build        compile nerved, nervectl and nerve-worker'
@@ -33,6 +36,7 @@ help:
 	@echo 'make crash-states every state that a power cut may leave, every call that may fail; STATES=, SEED='
 	@echo 'make mutants      see that the simulation finds what is planted'
 	@echo 'make corruption   damage a store at random, and see that the check finds it; CORRUPTIONS=, SEED='
+	@echo 'make fuzz         feed what reads foreign text with anything, ten minutes each; FUZZ_SECONDS=, TARGETS='
 	@echo 'make bench        measure'
 	@echo 'make install      put what is built below $$(DESTDIR)$$(PREFIX); starts nothing'
 	@echo 'make uninstall    remove just that'
@@ -88,6 +92,9 @@ mutants: setup
 corruption: setup
 	NERVE_CORRUPTIONS=$(CORRUPTIONS) $(addprefix NERVE_SEED=,$(SEED)) cargo test --locked --test nerve damage_that -- --nocapture
 
+fuzz: setup
+	FUZZ_SECONDS=$(FUZZ_SECONDS) tests/fuzz/run $(TARGETS)
+
 bench: setup
 	@tests/setup bench
 	tests/bench/predecessor
@@ -115,5 +122,5 @@ install:
 
 uninstall:
 	@$(FILES) | while read -r mode to from; do rm -f "$(DESTDIR)$$to"; done
-	@for d in $(LIBEXECDIR) $(DOCDIR) $(PREFIX)/lib/nerve $(UNITDIR)/nerve-wf@.service.d; do \
+	@for d in $(LIBEXECDIR) $(DOCDIR) $(PREFIX)/lib/nerve $(PREFIX)/share/nerve $(UNITDIR)/nerve-wf@.service.d; do \
 	    [ ! -d "$(DESTDIR)$$d" ] || find "$(DESTDIR)$$d" -depth -type d -empty -delete; done

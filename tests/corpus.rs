@@ -60,14 +60,18 @@ fn settings(path: &Path, bytes: &[u8]) -> Vec<Diagnostic> {
     settings::parse(&name, bytes).1
 }
 
-/// The YAML files of a directory.
-fn files(directory: &str) -> Vec<PathBuf> {
+/// The files of a directory, sorted.
+fn every_file(directory: &str) -> Vec<PathBuf> {
     let entries = fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(directory)).unwrap();
-    let paths = entries.map(|entry| entry.unwrap().path());
-    let mut paths: Vec<PathBuf> = paths
-        .filter(|path| path.extension().is_some_and(|ending| ending == "yaml"))
-        .collect();
+    let mut paths: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
     paths.sort();
+    paths
+}
+
+/// Those that are YAML.
+fn files(directory: &str) -> Vec<PathBuf> {
+    let mut paths = every_file(directory);
+    paths.retain(|path| path.extension().is_some_and(|ending| ending == "yaml"));
     paths
 }
 
@@ -136,7 +140,11 @@ fn schema(name: &str) -> Validator {
 fn a_schema_sees_what_is_wrong_in_shape() {
     for (directory, name, unseen) in [
         ("tests/corpus/definitions", "workflow.schema.json", UNSEEN),
-        ("tests/corpus/settings", "nerve.schema.json", &["has-a-key-twice"]),
+        (
+            "tests/corpus/settings",
+            "nerve.schema.json",
+            &["has-a-key-twice"],
+        ),
     ] {
         let schema = schema(name);
         let paths = files(directory).into_iter();
@@ -169,6 +177,19 @@ fn what_is_good_is_good_for_both() {
             let found = check(&path, &fs::read(&path).unwrap());
             assert_eq!(found, [], "{}", path.display());
             assert!(fits(&schema, &path), "{}", path.display());
+        }
+    }
+}
+
+/// The fuzzers' corpora, and the broken files, which are a good one to begin with.
+#[test]
+fn what_fuzzers_found_is_harmless() {
+    for (name, target) in crate::fuzz::ALL {
+        let of_it = format!("tests/fuzz/corpus/{name}");
+        let kept = every_file(&of_it);
+        assert!(!kept.is_empty(), "{of_it}");
+        for path in kept.iter().chain(&every_file("tests/corpus/definitions")) {
+            target(&fs::read(path).unwrap());
         }
     }
 }

@@ -5,5 +5,7 @@
 mod corpus;
 mod corruption;
 mod definitions;
+#[path = "fuzz/targets.rs"]
+mod fuzz;
 mod layers;
 mod trouble;

@@ -37,7 +37,7 @@ pub fn draw(diagnostic: &Diagnostic, line: &[u8], columns: usize, paint: Paint) 
     };
     let text = String::from_utf8_lossy(line);
     let text: String = text.trim_end().chars().map(harmless).collect();
-    let mut group = if text.is_empty() || text.len() > LINE_BYTES {
+    let mut group = if text.is_empty() || text.len() > LINE_BYTES || may_tell_a_key(&text) {
         let origin = Origin::path(path).line(diagnostic.line);
         title.element(origin.char_column(diagnostic.column))
     } else {
@@ -58,6 +58,17 @@ pub fn draw(diagnostic: &Diagnostic, line: &[u8], columns: usize, paint: Paint) 
         Paint::Plain => Renderer::plain(),
     };
     renderer.term_width(columns).render(&[group])
+}
+
+/// Whether a line seems to have a key or a password in it, which does not belong into the log of whoever validates.
+fn may_tell_a_key(line: &str) -> bool {
+    let line = line.to_ascii_lowercase();
+    let after = ["api_key", "api-key", "apikey"]
+        .iter()
+        .find_map(|name| line.split_once(name));
+    let value = after.map(|(_, after)| after.trim_start_matches(['\'', '"', ':', ' ']));
+    let has_user = line.split("://").skip(1).any(|url| url.contains('@'));
+    value.is_some_and(|value| !value.is_empty() && !value.starts_with('{')) || has_user
 }
 
 #[cfg(test)]
@@ -123,6 +134,28 @@ mod tests {
         }
         let longer = drawn(&line.repeat(20), (1, 8_001..8_005), Paint::Plain);
         assert!(longer.contains(":1:8001") && longer.len() < 200, "{longer}");
+    }
+
+    #[test]
+    fn a_line_with_a_key_is_not_shown() {
+        for line in [
+            "apiKey: sk-1",
+            "{ \"api_key\": sk-1 }",
+            "base_url: https://a:sk-1@b",
+            "api-key:sk-1",
+        ] {
+            assert!(
+                !drawn(line, (1, 1..2), Paint::Plain).contains("sk-1"),
+                "{line}"
+            );
+        }
+        for line in [
+            "api_key: { credential: key }",
+            "url: https://example.org",
+            "api_key:",
+        ] {
+            assert!(drawn(line, (1, 1..2), Paint::Plain).contains(line));
+        }
     }
 
     #[test]

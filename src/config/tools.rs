@@ -68,7 +68,12 @@ fn provider(reader: &mut Reader, entry: &Entry, subject: &str) -> Option<Provide
         is_plain && has_host && !url.contains(['?', '#', '@'])
     });
     if let Some(url) = url.filter(|_| !is_url) {
-        let message = format!("base_url is {}", quoted(url));
+        // Nor is a password.
+        let message = if url.contains('@') {
+            "base_url has an @ in it".to_owned()
+        } else {
+            format!("base_url is {}", quoted(url))
+        };
         let help = "write an address that begins with https:// or http://, without a user, a query or a fragment; the key goes to api_key";
         reader.error_help(base_url.value.place, message, help);
     }
@@ -78,7 +83,7 @@ fn provider(reader: &mut Reader, entry: &Entry, subject: &str) -> Option<Provide
         if let Content::Text { .. } = entry.value.content {
             // Never quoted: it may be the key.
             let help = "write api_key: {credential: NAME} and put the key into /etc/credstore/NAME, mode 0600";
-            reader.error_help(entry.value.place, "api_key is no credential: keys do not belong into this file", help);
+            reader.error_help(entry.place, "api_key is no credential: keys do not belong into this file", help);
             return None;
         }
         work::credential(reader, &entry.value, "api_key")

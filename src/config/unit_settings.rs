@@ -51,6 +51,8 @@ const TAKEN: [&str; 16] = [
     "SYSTEMD_EXEC_PID",
     "MEMORY_PRESSURE_",
 ];
+/// Longest `NAME=VALUE` that a program can be started with.
+const ASSIGNMENT_BYTES: usize = 131_071;
 /// Longest path, without its prefix.
 const PATH_BYTES: usize = 4_095;
 
@@ -250,6 +252,11 @@ fn assignment(word: &str) -> Result<(), String> {
         ));
     };
     variable_name(name)?;
+    if word.len() > ASSIGNMENT_BYTES {
+        return Err(format!(
+            "{name} has more than the {ASSIGNMENT_BYTES} bytes that Linux allows; put it into a file"
+        ));
+    }
     if value
         .chars()
         .any(|c| c.is_control() && c != '\t' && c != '\n')

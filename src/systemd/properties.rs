@@ -171,9 +171,10 @@ fn resources(settings: &WorkerSettings) -> Vec<(&'static str, Variant<'static>)>
     {
         Some(Limit::Absolute(number)) => properties.push((absolute, number.into())),
         Some(Limit::Permyriad(share)) => {
-            // A fraction of 2^32 - 1, as systemd has it.
+            // A fraction of 2^32 - 1, as systemd has it; that itself it refuses for tasks.
             let fraction = u64::from(share) * u64::from(u32::MAX) / 10_000;
-            properties.push((scale, u32::try_from(fraction).unwrap_or(u32::MAX).into()));
+            let fraction = u32::try_from(fraction).unwrap_or(u32::MAX);
+            properties.push((scale, fraction.min(u32::MAX - 1).into()));
         }
         None => {}
     };

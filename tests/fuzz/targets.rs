@@ -1,11 +1,12 @@
 //! What is fed with arbitrary bytes: by libFuzzer in `make fuzz`, and with the kept corpus in every `cargo test`. Each
 //! returns, whatever it gets; a fault is a panic, and for libFuzzer too much time or memory.
 
-use minijinja::Value;
 use nerve::config::diagnostic::Diagnostic;
 use nerve::config::picture::{Paint, draw};
 use nerve::config::{definition, settings, template};
 use nerve::model::limits;
+use nerve::model::message::Message;
+use nerve::model::name::RunId;
 use nerve::worker::protocol::{self, ToManager, ToWorker};
 use serde::de::DeserializeOwned;
 use serde_json::json;
@@ -61,10 +62,11 @@ fn template(bytes: &[u8]) {
         "graph": {"$START": "coder", "coder": {"ok": "$END"}},
     });
     let is_taken = definition::from_json(&source).is_ok();
-    let thread = [];
-    let context = template::context(&thread, 1, nerve::model::name::RunId::from_bits(7));
-    let message = Value::from_serialize(json!({"content": "x", "meta": {"status": "ok"}, "role": "coder"}));
-    let context = minijinja::context! { start => message, last => message, coder => message, ..context };
+    let said = |role: &str| {
+        let message = json!({"role": role, "content": "Söme\ntext", "meta": {"status": "ok", "n": [1]}, "timestamp": 7});
+        serde_json::from_value::<Message>(message).unwrap()
+    };
+    let context = template::context(&[said("__start__"), said("coder")], 2, RunId::from_bits(7));
     match template::render(prompt, context) {
         Ok(text) => assert!(is_taken && text.len() <= limits::RENDERED_PROMPT_BYTES),
         Err(error) => assert!(!error.contains(char::is_control), "{error:?}"),

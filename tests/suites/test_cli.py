@@ -337,8 +337,11 @@ class Cli(nervebox.Case):
             self.assertEqual((done.stdout, done.stderr), ("good-one: ok\n", ""))
             done = ctl("validate", good, bad, f"{folder}/none.yaml", check=65, env=environment)
             self.assertEqual(done.stdout, "good-one: ok\n")
-            self.assertRegex(done.stderr, rf"(?m)^{re.escape(str(bad))}:\d+:\d+: error: ")
-            self.assertRegex(done.stderr, r"(?m)^\S+/none\.yaml:1:1: error: ")
+            self.assertRegex(done.stderr, rf"(?m)^ *--> {re.escape(str(bad))}:\d+:\d+$")
+            self.assertRegex(done.stderr, r"(?m)^ *--> \S+/none\.yaml:1:1$")
+            self.assertTrue(done.stderr.endswith("2 errors in 2 of 3 files\n"), done.stderr)
+            done = ctl("validate", "--strict", "-", input=pathlib.Path(good).read_text(), env=environment)
+            self.assertEqual((done.stdout, done.stderr), ("good-one: ok\n", ""))
             # Somebody without rights may look at his own file.
             os.chmod(folder, 0o755)
             self.assertEqual(sh("setpriv", "--reuid=65534", "--clear-groups", "nervectl", "validate", good).stdout,

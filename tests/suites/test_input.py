@@ -123,10 +123,12 @@ class Definitions(Lives):
                 path, done = self.validate(text)
                 self.assertEqual(done.returncode, 65)
                 self.assertEqual(done.stdout, "")
-                for line in done.stderr.removeprefix("nervectl: ").splitlines():
-                    self.assertRegex(line, rf"^{re.escape(str(path))}:\d+:\d+: (error|warning): ")
-                found = [match for line in done.stderr.splitlines() if (match := PLACE.match(line))]
-                about = [f"{match['line']}:{match['column']}" for match in found if words in match["what"]]
+                found = json.loads(ctl("validate", "-o", "json", path, check=65).stdout)
+                self.assertEqual({fault["path"] for fault in found}, {str(path)})
+                for fault in found:
+                    self.assertIn(f"{path}:{fault['line']}:{fault['column']}\n", done.stderr)
+                about = [f"{fault['line']}:{fault['column']}" for fault in found
+                         if words in f"{fault['message']} ({fault['help']})" and fault["severity"] == "error"]
                 self.assertTrue(about, f"nothing about {words!r} in {done.stderr[:2000]}")
                 if place:
                     self.assertIn(place, about, done.stderr[:2000])
@@ -171,7 +173,7 @@ class Definitions(Lives):
                 for name in ("fifo", "folder", "zero", "loop", "dangling", "socket", "absent"):
                     with self.subTest(name):
                         done = ctl("validate", f"{folder}/{name}.yaml", check=65, timeout=5)
-                        self.assertIn(f"{folder}/{name}.yaml:1:1: error: ", done.stderr)
+                        self.assertRegex(done.stderr, rf"(?m)^error: .+\n *--> {folder}/{name}\.yaml:1:1$")
 
 
 class Loaded(nervebox.Case):
@@ -600,7 +602,7 @@ class Replies(Lives):
 
     def test_validate_warns_of_a_missing_program(self):
         done = ctl("validate", nervebox.WORKFLOWS / "miss-program.yaml")
-        self.assertRegex(done.stderr, r"miss-program\.yaml:\d+:\d+: warning: .*/nonexistent/program")
+        self.assertRegex(done.stderr, r"(?m)^warning: .*/nonexistent/program.*\n *--> .*miss-program\.yaml:\d+:\d+$")
 
     def test_a_gigabyte_on_stdout_ends_the_round_at_once(self):
         nervebox.start("write-gigabyte", wait=True)  # the worker is warm
