@@ -115,6 +115,7 @@ class Definitions(Lives):
             path = nervebox.define("bad-one", text, folder)
             done = ctl("validate", path, check=False)
             self.assertNotRegex(done.stderr, r"panicked|[\x00-\x08\x0b-\x1f\x7f]")
+            self.found = json.loads(ctl("validate", "-o", "json", path, check=done.returncode).stdout)
             return path, done
 
     def test_each_fault_has_its_place(self):
@@ -123,11 +124,10 @@ class Definitions(Lives):
                 path, done = self.validate(text)
                 self.assertEqual(done.returncode, 65)
                 self.assertEqual(done.stdout, "")
-                found = json.loads(ctl("validate", "-o", "json", path, check=65).stdout)
-                self.assertEqual({fault["path"] for fault in found}, {str(path)})
-                for fault in found:
+                self.assertEqual({fault["path"] for fault in self.found}, {str(path)})
+                for fault in self.found:
                     self.assertIn(f"{path}:{fault['line']}:{fault['column']}\n", done.stderr)
-                about = [f"{fault['line']}:{fault['column']}" for fault in found
+                about = [f"{fault['line']}:{fault['column']}" for fault in self.found
                          if words in f"{fault['message']} ({fault['help']})" and fault["severity"] == "error"]
                 self.assertTrue(about, f"nothing about {words!r} in {done.stderr[:2000]}")
                 if place:
