@@ -171,6 +171,7 @@ pub(super) fn summarised(row: RunRow) -> Run {
         created_at: row.created_at,
         started_at: row.started_at,
         ended_at: row.ended_at,
+        dry_run: Some(row.dry_run),
         ..Run::default()
     }
 }

@@ -81,7 +81,7 @@ impl Manager {
             workflow: workflow.clone(),
             prompt: prompt.to_owned(),
             max_rounds: options.max_rounds,
-            dry_run: false,
+            dry_run: options.dry_run.unwrap_or(false),
             trigger: answers::trigger(&caller),
             key: options.key.clone(),
         };
@@ -252,7 +252,6 @@ impl Manager {
         Ok(Run {
             prompt: prompt.as_deref().map(without_nul),
             max_rounds: row.max_rounds,
-            dry_run: Some(row.dry_run),
             trigger: Some(row.trigger.clone()),
             definition: row.definition.clone(),
             unit,
@@ -416,6 +415,12 @@ impl Manager {
             "another prompt"
         } else if options.max_rounds.is_some() && options.max_rounds != row.max_rounds {
             "another limit of rounds"
+        } else if options.dry_run.unwrap_or(false) != row.dry_run {
+            if row.dry_run {
+                "--dry-run"
+            } else {
+                "no --dry-run"
+            }
         } else {
             let result = row.result.as_deref().map(str::parse::<RunResult>);
             let dropped = result.and_then(Result::ok);
@@ -563,6 +568,7 @@ pub(super) mod tests {
         };
         let options = |max_rounds| StartOptions {
             max_rounds,
+            dry_run: None,
             key: Some("k".to_owned()),
         };
         for same in [None, Some(3)] {

@@ -13,6 +13,8 @@ pub use crate::store::log::{AUDIT, SOURCES};
 pub struct StartOptions {
     /// Its limit of rounds.
     pub max_rounds: Option<u32>,
+    /// Whether it is a rehearsal, in which no role is executed.
+    pub dry_run: Option<bool>,
     /// Makes the start idempotent: the run of the workflow that has this key, if there is one, is the answer.
     pub key: Option<String>,
 }
@@ -133,7 +135,7 @@ pub struct ThreadOptions {
     pub after: Option<u32>,
 }
 
-/// A run. What is null elsewhere is absent here; what follows `ended_at` comes with `GetRun` only.
+/// A run. What is null elsewhere is absent here; what follows `dry_run` comes with `GetRun` only.
 #[derive(Debug, Clone, Default, PartialEq, SerializeDict, DeserializeDict, Type)]
 #[zbus(signature = "a{sv}", rename_all = "camelCase")]
 pub struct Run {
@@ -161,12 +163,12 @@ pub struct Run {
     pub started_at: Option<u64>,
     /// When it ended.
     pub ended_at: Option<u64>,
+    /// Whether it is a rehearsal.
+    pub dry_run: Option<bool>,
     /// Content of round 0.
     pub prompt: Option<String>,
     /// Its limit of rounds, once that is fixed.
     pub max_rounds: Option<u32>,
-    /// Whether it is a rehearsal.
-    pub dry_run: Option<bool>,
     /// Who or what started it, as JSON.
     pub trigger: Option<String>,
     /// sha256 of the definition it runs.

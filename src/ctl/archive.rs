@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::cli::{Archive, ListFormat, Restore};
 use super::control::unknown;
+use super::paper::Paper;
 use super::text::{line, table};
 use super::{Failure, Settings, json, note, print};
 use crate::bus::storage_client::{ArchiveOptions, ArchiveReport};
@@ -84,6 +85,7 @@ fn archived(report: &ArchiveReport, dry_run: bool) -> String {
             &["DAY", "EVENTS", "FILE"],
             &["EVENTS"],
             &rows.collect::<Vec<_>>(),
+            Paper::stdout(),
         )
     };
     let mut say = |number: u64, what: &str| {

@@ -8,7 +8,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use serde_json::json;
 
 use super::cli::{Blob, ListFormat};
-use super::{Failure, Settings, note, print, text};
+use super::{Failure, Settings, note, paper, print, text};
 use crate::model::limits;
 
 /// Exit status when there is no such blob.
@@ -95,6 +95,7 @@ async fn list(settings: &Settings, output: ListFormat) -> Result<u8, Failure> {
                 &["DIGEST", "SIZE", "REFERENCES"],
                 &["SIZE", "REFERENCES"],
                 &rows,
+                paper::Paper::PLAIN,
             ))?;
         }
     }

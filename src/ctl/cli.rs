@@ -46,6 +46,8 @@ pub(super) enum Command {
     #[command(subcommand)]
     Workflow(Workflow),
     /// Show what the roles of a run said, in order
+    ///
+    /// A role of a run need not say which: without RUN it is shown its own, from the file $NERVE_THREAD, without nerve.
     Thread(Thread),
     /// Show the log of events: what happened, to whom, and who asked for it
     ///
@@ -243,11 +245,19 @@ pub(super) struct Start {
     /// A run that has it and was started with another prompt is an error (65).
     #[arg(long, value_name = "KEY", allow_hyphen_values = true)]
     pub key: Option<OsString>,
+    /// Rehearse: the prompts are rendered and the graph is walked, and no role is executed that does not ask for it
+    #[arg(long)]
+    pub dry_run: bool,
     /// Wait for the run's end, also across restarts of nerve, and exit with its exit code
     ///
     /// Interrupted, nervectl goes and the run stays.
     #[arg(long)]
     pub wait: bool,
+    /// Show each round as it is done until the run has ended, also across restarts of nerve, and exit with its exit code
+    ///
+    /// Interrupted, nervectl goes and the run stays.
+    #[arg(short, long)]
+    pub follow: bool,
 }
 
 /// `workflow list`
@@ -380,8 +390,8 @@ pub(super) struct Status {
 /// `thread`
 #[derive(Debug, Args)]
 pub(super) struct Thread {
-    /// The run: its id or the last digits of it
-    pub run: OsString,
+    /// The run: its id or the last digits of it; inside a role, that role's
+    pub run: Option<OsString>,
     /// The newest N rounds, without the start; without it all, the start (round 0) first
     #[arg(short = 'n', long, value_name = "N")]
     pub lines: Option<u32>,
@@ -505,6 +515,7 @@ mod tests {
             "nervectl workflow start a -p text --max-rounds 3 --wait",
             "nervectl workflow start a -p -text",
             "nervectl workflow start a --prompt-file -",
+            "nervectl workflow start a --dry-run -f",
             "nervectl workflow list",
             "nervectl workflow list a --active -n 5 -o json",
             "nervectl workflow list --status failed --status killed --exit-code 1",
@@ -514,6 +525,7 @@ mod tests {
             "nervectl events -n 0 -f -o jsonl",
             "nervectl thread 3fa9 --before 7 -n 0",
             "nervectl thread 3fa9 -n 1 -f",
+            "nervectl thread -n 1 -o json",
             "nervectl workflow show 3fa9 -o json",
             "nervectl workflow kill 3fa9 77e0 --reason why --grace 5s --no-block",
             "nervectl thread 3fa9 -n 3 -o json",

@@ -8,9 +8,10 @@ use serde_json::Value;
 use super::archived::Everywhere;
 use super::cli::{EventFormat, Events};
 use super::json::decode;
-use super::text::{line, pad};
+use super::paper::Paper;
+use super::text::{clip, columns, line, pad};
 use super::wait::{nobody_reads, until};
-use super::{Failure, Settings, input, note, print, render, width};
+use super::{Failure, Settings, input, note, print, render};
 use crate::bus::client::{AUDIT, Client, EventFilter, Subject};
 use crate::bus::error::CallError;
 use crate::model::run::Caller;
@@ -180,7 +181,7 @@ impl Printer {
             format,
             // What most events need: the first lines are not narrower than the others.
             widths: [23, 8, 23, 8],
-            room: width(),
+            room: Paper::stdout().room,
             count: 0,
         }
     }
@@ -207,7 +208,7 @@ impl Printer {
             let rows: Vec<_> = events.iter().map(cells).collect();
             for row in &rows {
                 for (width, cell) in self.widths.iter_mut().zip(row) {
-                    *width = (*width).max(cell.chars().count());
+                    *width = (*width).max(columns(cell));
                 }
             }
             for row in &rows {
@@ -242,12 +243,8 @@ impl Printer {
         text.push_str(&cells[4]);
         let text = text.trim_end();
         let mut shown = match self.room {
-            Some(room) if text.chars().count() > room => {
-                let mut cut: String = text.chars().take(room.saturating_sub(1)).collect();
-                cut.push('…');
-                cut
-            }
-            _ => text.to_owned(),
+            Some(room) => clip(text, room).into_owned(),
+            None => text.to_owned(),
         };
         shown.push('\n');
         shown

@@ -144,6 +144,8 @@ mod tests {
             max_rounds: None,
             key: None,
             wait: false,
+            follow: false,
+            dry_run: false,
         })
     }
 

@@ -21,6 +21,7 @@ struct RunObject<'a> {
     created_at: u64,
     started_at: Option<u64>,
     ended_at: Option<u64>,
+    dry_run: bool,
 }
 
 #[derive(Serialize)]
@@ -30,7 +31,6 @@ struct DetailObject<'a> {
     run: RunObject<'a>,
     prompt: Option<&'a str>,
     max_rounds: Option<u32>,
-    dry_run: bool,
     trigger: Value,
     definition: Option<&'a str>,
     unit: Option<&'a str>,
@@ -153,6 +153,7 @@ impl<'a> From<&'a Run> for RunObject<'a> {
             created_at: run.created_at,
             started_at: run.started_at,
             ended_at: run.ended_at,
+            dry_run: run.dry_run.unwrap_or(false),
         }
     }
 }
@@ -163,7 +164,6 @@ impl<'a> From<&'a Run> for DetailObject<'a> {
             run: run.into(),
             prompt: run.prompt.as_deref(),
             max_rounds: run.max_rounds,
-            dry_run: run.dry_run.unwrap_or(false),
             trigger: run.trigger.as_deref().map_or(Value::Null, decode),
             definition: run.definition.as_deref(),
             unit: run.unit.as_deref(),
@@ -269,7 +269,8 @@ mod tests {
                 "rounds",
                 "createdAt",
                 "startedAt",
-                "endedAt"
+                "endedAt",
+                "dryRun"
             ]
         );
         assert!(
@@ -297,9 +298,9 @@ mod tests {
         let place = |key: &str| text.find(&format!("\"{key}\"")).unwrap();
         let order = [
             "endedAt",
+            "dryRun",
             "prompt",
             "maxRounds",
-            "dryRun",
             "trigger",
             "definition",
             "unit",

@@ -8,10 +8,12 @@ mod blob;
 mod cli;
 mod control;
 mod events;
+mod follow;
 mod import;
 mod input;
 mod json;
 mod kill;
+mod paper;
 mod predecessor;
 mod render;
 mod render_status;
@@ -200,12 +202,6 @@ fn print(text: &str) -> Result<(), Failure> {
 
 fn is_terminal() -> bool {
     io::stdout().is_terminal()
-}
-
-/// The terminal's width, if stdout is one.
-fn width() -> Option<usize> {
-    let size = rustix::termios::tcgetwinsize(io::stdout()).ok()?;
-    Some(usize::from(size.ws_col)).filter(|width| *width > 0)
 }
 
 /// µs since the epoch.

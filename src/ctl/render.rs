@@ -5,6 +5,7 @@ use std::fmt::Write;
 use serde_json::Value;
 
 use super::json::decode;
+use super::paper::Paper;
 use super::render_status;
 use super::text::{ago, block, line, span, table};
 use crate::bus::client::{Dropped, ManagerStatus, Round, Run};
@@ -27,7 +28,7 @@ pub(super) fn short(id: &str) -> &str {
 }
 
 /// `workflow list`: a table, header included; `now` in µs since the epoch.
-pub(super) fn list(runs: &[Run], now: u64) -> String {
+pub(super) fn list(runs: &[Run], now: u64, paper: Paper) -> String {
     const HEADER: [&str; 8] = [
         "RUN", "WORKFLOW", "STATUS", "EXIT", "RESULT", "ROUNDS", "CREATED", "TIME",
     ];
@@ -48,16 +49,25 @@ pub(super) fn list(runs: &[Run], now: u64) -> String {
         &HEADER,
         &["EXIT", "ROUNDS"],
         &runs.iter().map(row).collect::<Vec<_>>(),
+        paper,
     )
 }
 
-fn status_word(run: &Run) -> String {
+/// `started (killing, dry run)`
+pub(super) fn status_word(run: &Run) -> String {
     let ending = match (run.killing, run.aborting) {
-        (true, _) => " (killing)",
-        (false, true) => " (aborting)",
-        (false, false) => "",
+        (true, _) => Some("killing"),
+        (false, true) => Some("aborting"),
+        (false, false) => None,
     };
-    format!("{}{ending}", line(&run.status))
+    let rehearsal = (run.dry_run == Some(true)).then_some("dry run");
+    let more: Vec<&str> = ending.into_iter().chain(rehearsal).collect();
+    let status = line(&run.status);
+    if more.is_empty() {
+        status.into_owned()
+    } else {
+        format!("{status} ({})", more.join(", "))
+    }
 }
 
 /// How long it took, or has taken so far; the queue does not count.
@@ -145,7 +155,7 @@ fn facts(run: &Run) -> String {
 }
 
 /// `workflow show`: an aligned block, then the prompt, then the events.
-pub(super) fn show(run: &Run, waits: Option<String>, now: u64) -> String {
+pub(super) fn show(run: &Run, waits: Option<String>, now: u64, paper: Paper) -> String {
     let mut fields = vec![("Run", run.run.clone()), ("Workflow", run.workflow.clone())];
     fields.push((
         "Status",
@@ -189,7 +199,12 @@ pub(super) fn show(run: &Run, waits: Option<String>, now: u64) -> String {
     let width = fields.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     let mut text = String::new();
     for (name, value) in fields {
-        let _ = writeln!(text, "{name:>width$}: {}", line(&value));
+        let value = line(&value);
+        let value = match name {
+            "Status" => paper.tint(&value),
+            _ => value.into_owned(),
+        };
+        let _ = writeln!(text, "{name:>width$}: {value}");
     }
     if let Some(prompt) = run.prompt.as_deref().filter(|prompt| !prompt.is_empty()) {
         let _ = write!(text, "\nPrompt:\n{}", indented(prompt));
@@ -208,7 +223,7 @@ pub(super) fn show(run: &Run, waits: Option<String>, now: u64) -> String {
         let _ = write!(
             text,
             "\nEvents:\n{}",
-            indented(&table(&["TIME", "EVENT", "WHAT"], &[], &rows))
+            indented(&table(&["TIME", "EVENT", "WHAT"], &[], &rows, Paper::PLAIN))
         );
     }
     text
@@ -281,7 +296,11 @@ fn indented(text: &str) -> String {
 }
 
 /// `thread`: each message under a line that says whose it is; of a round that failed also why, and its stderr's tail.
-pub(super) fn thread(rounds: &[Round]) -> String {
+pub(super) fn thread(
+    rounds: &[Round],
+    mut when: impl FnMut(&Round) -> String,
+    paper: Paper,
+) -> String {
     let mut text = String::new();
     for round in rounds {
         if !text.is_empty() {
@@ -294,26 +313,26 @@ pub(super) fn thread(rounds: &[Round]) -> String {
         let facts = if facts.is_empty() {
             String::new()
         } else {
-            format!(" ({})", line(&facts.join(", ")))
+            format!(" ({})", paper.tint(&line(&facts.join(", "))))
         };
         let who = if round.role == RoleName::START {
             "start"
         } else {
             &round.role
         };
-        let _ = writeln!(
-            text,
-            "--- round {}: {}{facts}, {}",
-            round.round,
-            line(who),
-            time(round.timestamp)
-        );
+        let (number, who, when) = (round.round, line(who), when(round));
+        let _ = writeln!(text, "--- round {number}: {who}{facts}, {when}");
         push_lines(&mut text, "", &round.content);
         if let Some(stderr) = said("stderr").filter(|_| status.is_some_and(|status| status != OK)) {
             push_lines(&mut text, "stderr: ", stderr);
         }
     }
     text
+}
+
+/// When a message was said.
+pub(super) fn moment(round: &Round) -> String {
+    time(round.timestamp)
 }
 
 fn push_lines(text: &mut String, prefix: &str, content: &str) {
@@ -381,17 +400,26 @@ pub(super) mod tests {
             aborting: true,
             ..killing.clone()
         };
+        let rehearsal = Run {
+            dry_run: Some(true),
+            ..aborting.clone()
+        };
         assert_eq!(
-            list(&[queued(), killing, aborting, ended()], NOW),
+            list(
+                &[queued(), killing, aborting, rehearsal, ended()],
+                NOW,
+                Paper::PLAIN
+            ),
             "\
-RUN       WORKFLOW          STATUS              EXIT  RESULT      ROUNDS  CREATED   TIME
-77e0b454  check-host        queued                 -  -                0  2s ago    -
-77e0b454  check-host        started (killing)      -  -                0  2s ago    1.5s
-77e0b454  check-host        started (aborting)     -  -                0  2s ago    1.5s
-3fa9c1d2  fix-failing-test  failed                 2  max-rounds      12  5min ago  1min 2s
+RUN       WORKFLOW          STATUS                       EXIT  RESULT      ROUNDS  CREATED   TIME
+77e0b454  check-host        queued                          -  -                0  2s ago    -
+77e0b454  check-host        started (killing)               -  -                0  2s ago    1.5s
+77e0b454  check-host        started (aborting)              -  -                0  2s ago    1.5s
+77e0b454  check-host        started (aborting, dry run)     -  -                0  2s ago    1.5s
+3fa9c1d2  fix-failing-test  failed                          2  max-rounds      12  5min ago  1min 2s
 "
         );
-        assert_eq!(list(&[], NOW).lines().count(), 1);
+        assert_eq!(list(&[], NOW, Paper::PLAIN).lines().count(), 1);
     }
 
     #[test]
@@ -425,7 +453,7 @@ RUN       WORKFLOW          STATUS              EXIT  RESULT      ROUNDS  CREATE
     #[test]
     fn show_is_a_block_then_prompt_then_events() {
         assert_eq!(
-            show(&ended(), None, NOW),
+            show(&ended(), None, NOW, Paper::PLAIN),
             "       Run: 0193000000007000800000003fa9c1d2
   Workflow: fix-failing-test
     Status: failed (2, max-rounds)
@@ -557,7 +585,7 @@ Events:
             ),
         ];
         assert_eq!(
-            thread(&rounds),
+            thread(&rounds, moment, Paper::PLAIN),
             "--- round 0: start, 2026-11-20 10:36:22 UTC
 Repair it
 

@@ -3,13 +3,14 @@
 use std::fmt::Write;
 
 use super::json::decode;
+use super::paper::Paper;
 use super::text::{ago, block, line, table};
 use crate::bus::client::{ManagerStatus, Pause, WorkflowStatus};
 use crate::model::run::Caller;
 use crate::model::time::utc as time;
 
 /// `status`: nerve, its workflows, and what is wrong with their definitions.
-pub(super) fn status(status: &ManagerStatus, now: u64) -> String {
+pub(super) fn status(status: &ManagerStatus, now: u64, paper: Paper) -> String {
     const HEADER: [&str; 6] = [
         "WORKFLOW",
         "WORKER",
@@ -55,7 +56,7 @@ pub(super) fn status(status: &ManagerStatus, now: u64) -> String {
     if !status.workflows.is_empty() {
         text.push('\n');
         let rows: Vec<Vec<String>> = status.workflows.iter().map(row).collect();
-        text.push_str(&table(&HEADER, &["RUNNING", "QUEUED", "PID"], &rows));
+        text.push_str(&table(&HEADER, &["RUNNING", "QUEUED", "PID"], &rows, paper));
     }
     let obstacles = status.workflows.iter().filter_map(|workflow| {
         let why = obstacle(workflow, now)?;
@@ -156,7 +157,7 @@ mod tests {
             ],
         };
         assert_eq!(
-            status(&answer, NOW),
+            status(&answer, NOW, Paper::PLAIN),
             "nerve 0.1.0, started 2026-11-20 10:36:22 UTC; 5min ago
 1 running, 0 queued
 
@@ -198,7 +199,7 @@ broken    absent      0/1   0/100    -  /etc/nerve/workflows/broken.yaml (broken
             workflows: vec![blocked],
         };
         assert_eq!(
-            status(&answer, NOW),
+            status(&answer, NOW, Paper::PLAIN),
             "nerve 0.1.0, started 2026-11-20 10:36:22 UTC; 5min ago
 0 running of at most 8, 3 queued
 paused since 2026-11-20 10:36:22 UTC (5min ago) by uid 0 (nervectl, pid 4711): disk\\nfull; `nervectl resume` ends that

@@ -5,7 +5,7 @@ use std::io;
 use super::cli::Start;
 use super::text::line;
 use super::wait::{Interrupts, until_ended};
-use super::{Failure, Settings, input, note, now, print, render};
+use super::{Failure, Settings, follow, input, note, now, print, render};
 use crate::bus::client::{Client, Run, StartOptions, Started};
 use crate::bus::error::CallError;
 use crate::model::name::RunId;
@@ -14,7 +14,7 @@ use crate::model::status::Status;
 /// Exit code of a run that was dropped.
 const DROPPED: u8 = 75;
 
-/// Starts a run, prints its id, and with `--wait` follows it to its end.
+/// Starts a run, prints its id, and with `--wait` or `--follow` stays until its end.
 pub(super) async fn start(settings: &Settings, arguments: &Start) -> Result<u8, Failure> {
     let workflow = input::workflow(&arguments.workflow)?;
     let prompt = input::prompt(arguments)?;
@@ -23,6 +23,8 @@ pub(super) async fn start(settings: &Settings, arguments: &Start) -> Result<u8, 
     let client = settings.connect().await?;
     let options = StartOptions {
         max_rounds: arguments.max_rounds,
+        // One that does not know the option has to be asked for it only when it is wanted.
+        dry_run: arguments.dry_run.then_some(true),
         key,
     };
     let started = client.start(workflow.as_str(), &prompt, options).await;
@@ -40,7 +42,7 @@ pub(super) async fn start(settings: &Settings, arguments: &Start) -> Result<u8, 
         error => error.into(),
     })?;
     // Before the id is out, so that who reads it may interrupt us at once.
-    let interrupts = if arguments.wait {
+    let interrupts = if arguments.wait || arguments.follow {
         Some(interrupts()?)
     } else {
         None
@@ -59,14 +61,18 @@ pub(super) async fn start(settings: &Settings, arguments: &Start) -> Result<u8, 
     };
     let ended = async {
         explain(&client, id).await;
-        until_ended(settings, client, id).await
+        if arguments.follow {
+            follow::until_ended(settings, client, id).await
+        } else {
+            Ok(until_ended(settings, client, id).await?)
+        }
     };
     match interrupts.or(ended).await {
         Ok(run) => Ok(report(&run?)),
         Err(status) => {
             let run = id.short();
             let text = format!(
-                "run {run} goes on; `nervectl logs -f {run}` follows it, `nervectl workflow kill {run}` ends it"
+                "run {run} goes on; `nervectl thread -f {run}` follows it, `nervectl workflow kill {run}` ends it"
             );
             Err(Failure::Interrupted { status, text })
         }

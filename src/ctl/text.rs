@@ -3,6 +3,10 @@
 use std::borrow::Cow;
 use std::fmt::Write;
 
+use unicode_width::{UnicodeWidthChar as _, UnicodeWidthStr as _};
+
+use super::paper::Paper;
+
 /// What roles, clients or the other end of the bus wrote, for a terminal: control characters other than line feed and
 /// tab, and what would reorder the line (bidirectional overrides), are escaped.
 #[must_use]
@@ -36,28 +40,60 @@ fn is_unsafe(c: char) -> bool {
         || matches!(c, '\u{061c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-/// A table: each column as wide as its widest cell, two spaces between, nothing cut off, nothing after the last cell
-/// of a line. Columns of `right` are aligned to the right.
+/// Columns of a terminal that a text takes: none for a combining mark, two for most of CJK.
 #[must_use]
-pub(super) fn table(header: &[&str], right: &[&str], rows: &[Vec<String>]) -> String {
-    let width = |text: &str| text.chars().count();
-    let mut widths: Vec<usize> = header.iter().map(|title| width(title)).collect();
+pub(super) fn columns(text: &str) -> usize {
+    text.width()
+}
+
+/// The text, or as much of it as fits, and `…`.
+#[must_use]
+pub(super) fn clip(text: &str, room: usize) -> Cow<'_, str> {
+    if columns(text) <= room {
+        return Cow::Borrowed(text);
+    }
+    let mut clipped = String::new();
+    let mut left = room.saturating_sub(1);
+    for c in text.chars() {
+        match left.checked_sub(c.width().unwrap_or(0)) {
+            Some(rest) => left = rest,
+            None => break,
+        }
+        clipped.push(c);
+    }
+    clipped.push('…');
+    Cow::Owned(clipped)
+}
+
+/// A table: each column as wide as its widest cell, two spaces between, nothing after the last cell of a line. Columns
+/// of `right` are aligned to the right; STATUS and WORKER have colours. What is too wide for the paper loses from its
+/// widest columns.
+#[must_use]
+pub(super) fn table(header: &[&str], right: &[&str], rows: &[Vec<String>], paper: Paper) -> String {
+    let mut widths: Vec<usize> = header.iter().map(|title| columns(title)).collect();
     for row in rows {
         for (column, cell) in widths.iter_mut().zip(row) {
-            *column = (*column).max(width(cell));
+            *column = (*column).max(columns(cell));
         }
     }
+    squeeze(&mut widths, paper.room);
     let mut text = String::new();
     let titles: Vec<String> = header.iter().map(|title| (*title).to_owned()).collect();
-    for row in std::iter::once(&titles).chain(rows) {
+    for (index, row) in std::iter::once(&titles).chain(rows).enumerate() {
         let mut line = String::new();
         for ((cell, width), title) in row.iter().zip(&widths).zip(header) {
+            let cell = clip(cell, *width);
+            let space = " ".repeat(width - columns(&cell));
+            let cell = match *title {
+                "STATUS" | "WORKER" if index > 0 => paper.tint(&cell),
+                _ => cell.into_owned(),
+            };
             let separator = if line.is_empty() { "" } else { "  " };
             // A write to a String cannot fail.
             let _ = if right.contains(title) {
-                write!(line, "{separator}{cell:>width$}")
+                write!(line, "{separator}{space}{cell}")
             } else {
-                write!(line, "{separator}{cell:<width$}")
+                write!(line, "{separator}{cell}{space}")
             };
         }
         text.push_str(line.trim_end());
@@ -66,10 +102,25 @@ pub(super) fn table(header: &[&str], right: &[&str], rows: &[Vec<String>]) -> St
     text
 }
 
+/// Makes columns fit, the widest of them narrower, but none so narrow that it says nothing.
+fn squeeze(widths: &mut [usize], room: Option<usize>) {
+    const NARROWEST: usize = 8;
+    let Some(room) = room else {
+        return;
+    };
+    let separators = 2 * widths.len().saturating_sub(1);
+    while widths.iter().sum::<usize>() + separators > room {
+        match widths.iter_mut().max() {
+            Some(widest) if *widest > NARROWEST => *widest -= 1,
+            _ => return,
+        }
+    }
+}
+
 /// A cell of a column so wide.
 #[must_use]
 pub(super) fn pad(cell: &str, width: usize) -> String {
-    format!("{cell:<width$}")
+    format!("{cell}{}", " ".repeat(width.saturating_sub(columns(cell))))
 }
 
 /// A span of time in systemd's words, its two largest units: `2h 5min`, `31.2s`, `840ms`.
@@ -120,6 +171,7 @@ pub(super) fn ago(then: u64, now: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ctl::paper::Ink;
 
     #[test]
     fn what_a_terminal_would_obey_is_escaped_and_the_rest_is_not() {
@@ -142,9 +194,38 @@ mod tests {
             vec!["yy".to_owned(), "1234".to_owned(), String::new()],
         ];
         assert_eq!(
-            table(&["A", "NUM", "B"], &["NUM"], &rows),
+            table(&["A", "NUM", "B"], &["NUM"], &rows, Paper::PLAIN),
             "A    NUM  B\nx      7  long enough\nyy  1234\n"
         );
+    }
+
+    #[test]
+    fn a_table_fits_the_terminal_and_counts_columns_not_characters() {
+        let row = |name: &str, status: &str| vec![name.to_owned(), status.to_owned()];
+        let rows = [
+            row("日本語のワークフロー", "completed"),
+            row("e\u{301}", "failed"),
+        ];
+        let paper = |room| Paper {
+            room: Some(room),
+            ink: Ink::Coloured,
+        };
+        assert_eq!(
+            table(&["NAME", "STATUS"], &[], &rows, paper(23)),
+            "NAME          STATUS\n\
+             日本語のワ…   \u{1b}[32mcompleted\u{1b}[0m\n\
+             e\u{301}             \u{1b}[31mfailed\u{1b}[0m\n"
+        );
+        let widest = |text: &str| text.lines().map(columns).max().unwrap();
+        let plain = |room| Paper {
+            room: Some(room),
+            ..Paper::PLAIN
+        };
+        for room in 18..40 {
+            assert!(widest(&table(&["NAME", "STATUS"], &[], &rows, plain(room))) <= room);
+        }
+        assert_eq!(clip("日本", 3), "日…");
+        assert_eq!(clip("", 0), "");
     }
 
     #[test]

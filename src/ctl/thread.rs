@@ -1,22 +1,35 @@
-//! `nervectl thread`: what the roles of a run said, and what they say as it goes on.
+//! `nervectl thread`: what the roles of a run said, and what they say as it goes on. Inside a role it reads the file that
+//! the role was given, and asks nobody.
+
+use std::env;
+use std::fs;
+use std::path::Path;
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
 
 use super::cli::{Format, Thread};
+use super::follow::Followed;
+use super::paper::Paper;
 use super::wait::{nobody_reads, until};
 use super::{Failure, Settings, input, json, print, render};
-use crate::bus::client::{Client, EventFilter, Round, Run, Subject, ThreadOptions};
-use crate::bus::error::CallError;
+use crate::bus::client::{Client, Round, Subject, ThreadOptions};
 
-/// The type of the event that a run has ended.
-const ENDED: &str = "ended";
+/// Where a role finds the file with its run's thread.
+const THREAD: &str = "NERVE_THREAD";
 
 /// Shows a thread, or a part of it, and with `-f` what comes until the run has ended.
 pub(super) async fn thread(settings: &Settings, arguments: &Thread) -> Result<u8, Failure> {
-    let tail = input::run(&arguments.run)?;
     if arguments.follow && arguments.output == Format::Json {
         return Err(Failure::Usage(
             "an array has an end, and what is followed has none; leave -o json out".to_owned(),
         ));
     }
+    let Some(run) = &arguments.run else {
+        show(arguments, &own(arguments)?)?;
+        return Ok(0);
+    };
+    let tail = input::run(run)?;
     let client = settings.connect().await?;
     let options = ThreadOptions {
         limit: arguments.lines,
@@ -24,11 +37,7 @@ pub(super) async fn thread(settings: &Settings, arguments: &Thread) -> Result<u8
         after: None,
     };
     if !arguments.follow {
-        let rounds = client.thread(&tail, &options).await?;
-        match arguments.output {
-            Format::Json => print(&json::thread(&rounds))?,
-            Format::Text => print(&render::thread(&rounds))?,
-        }
+        show(arguments, &client.thread(&tail, &options).await?)?;
         return Ok(0);
     }
     // Before the thread: what comes meanwhile is seen again, never missed.
@@ -41,70 +50,91 @@ pub(super) async fn thread(settings: &Settings, arguments: &Thread) -> Result<u8
     }
     let look = async |client: &Client| followed.look(client).await;
     tokio::select! {
-        end = until(settings, client, &Subject::Log, look) => end?.map(|()| 0),
+        end = until(settings, client, &Subject::Log, look) => end?.map(|_| 0),
         () = nobody_reads() => Ok(0),
     }
 }
 
-/// How far one has come with a run.
-struct Followed {
-    run: String,
-    /// The newest of its events that was seen.
-    position: u64,
-    /// The newest round that was shown, or is not to be.
-    round: u32,
-    is_shown: bool,
+fn show(arguments: &Thread, rounds: &[Round]) -> Result<(), Failure> {
+    match arguments.output {
+        Format::Json => print(&json::thread(rounds)),
+        Format::Text => print(&render::thread(rounds, render::moment, Paper::stdout())),
+    }
 }
 
-impl Followed {
-    fn of(run: &Run) -> Self {
-        let newest = run.events.as_ref().and_then(|events| events.last());
-        Self {
-            run: run.run.clone(),
-            position: newest.map_or(0, |event| event.seq),
-            round: run.rounds,
-            is_shown: false,
-        }
+/// The thread of the run that this is executed in.
+fn own(arguments: &Thread) -> Result<Vec<Round>, Failure> {
+    let Some(path) = env::var_os(THREAD) else {
+        return Err(Failure::Input(format!(
+            "no run is named, and {THREAD} is not set, so this is no role of one; say which: `nervectl thread RUN`, and \
+             `nervectl workflow list` has them"
+        )));
+    };
+    if arguments.follow {
+        return Err(Failure::Input(
+            "a thread does not grow while a role speaks; leave -f out, or name the run".to_owned(),
+        ));
     }
+    let path = Path::new(&path);
+    let damaged = |why: String| {
+        let path = path.display();
+        Failure::Input(format!("{path}, the thread that {THREAD} names: {why}"))
+    };
+    let text = fs::read_to_string(path).map_err(|error| damaged(error.to_string()))?;
+    let rounds = read(&text).map_err(|error| damaged(error.to_string()))?;
+    Ok(part(rounds, arguments.lines, arguments.before))
+}
 
-    /// Shows what is new, if anything is; gives something when that was the last.
-    async fn look(&mut self, client: &Client) -> Result<Option<Result<(), Failure>>, CallError> {
-        let (mut position, mut has_ended) = (self.position, false);
-        loop {
-            let filter = EventFilter {
-                reference: Some(self.run.clone()),
-                after: Some(position),
-                ..EventFilter::default()
-            };
-            let (events, next) = client.events(filter).await?;
-            has_ended |= events.iter().any(|event| event.event_type == ENDED);
-            if next <= position {
-                break;
-            }
-            position = next;
-        }
-        if position == self.position {
-            return Ok(None);
-        }
-        let options = ThreadOptions {
-            after: Some(self.round),
-            ..ThreadOptions::default()
-        };
-        let rounds = client.thread(&self.run, &options).await?;
-        if let Err(failure) = self.show(&rounds) {
-            return Ok(Some(Err(failure)));
-        }
-        self.position = position;
-        Ok(has_ended.then_some(Ok(())))
-    }
+/// A line of the file.
+#[derive(Deserialize)]
+struct Line {
+    round: u32,
+    role: String,
+    content: String,
+    meta: Map<String, Value>,
+    timestamp: u64,
+}
 
-    fn show(&mut self, rounds: &[Round]) -> Result<(), Failure> {
-        let Some(last) = rounds.last() else {
-            return Ok(());
+fn read(text: &str) -> serde_json::Result<Vec<Round>> {
+    let round = |line: Line| Round {
+        round: line.round,
+        role: line.role,
+        content: line.content,
+        meta: Value::Object(line.meta).to_string(),
+        timestamp: line.timestamp,
+    };
+    let lines = text.lines().map(serde_json::from_str::<Line>);
+    lines.map(|line| line.map(round)).collect()
+}
+
+/// What nerve would answer: who counts rounds does not mean the start.
+fn part(mut rounds: Vec<Round>, lines: Option<u32>, before: Option<u32>) -> Vec<Round> {
+    let before = before.filter(|before| *before > 0).unwrap_or(u32::MAX);
+    rounds.retain(|round| round.round < before && (lines.is_none() || round.round > 0));
+    let wanted = lines.map_or(usize::MAX, |lines| lines as usize);
+    rounds.split_off(rounds.len().saturating_sub(wanted))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_role_sees_the_same_parts_of_its_thread_as_everybody() {
+        let text: String = (0..4)
+            .map(|n| format!("{{\"round\":{n},\"role\":\"a\",\"content\":\"\",\"meta\":{{\"status\":\"ok\"}},\"timestamp\":1}}\n"))
+            .collect();
+        let numbers = |lines, before| {
+            let rounds = part(read(&text).unwrap(), lines, before);
+            rounds.iter().map(|round| round.round).collect::<Vec<_>>()
         };
-        let separator = if self.is_shown { "\n" } else { "" };
-        print(&format!("{separator}{}", render::thread(rounds)))?;
-        (self.is_shown, self.round) = (true, self.round.max(last.round));
-        Ok(())
+        assert_eq!(numbers(None, None), [0, 1, 2, 3]);
+        assert_eq!(numbers(Some(9), None), [1, 2, 3]);
+        assert_eq!(numbers(Some(2), None), [2, 3]);
+        assert_eq!(numbers(Some(1), Some(3)), [2]);
+        assert_eq!(numbers(None, Some(0)), [0, 1, 2, 3]);
+        assert_eq!(numbers(Some(0), None), [0; 0]);
+        assert_eq!(read(&text).unwrap()[0].meta, r#"{"status":"ok"}"#);
+        assert!(read("{}\n").is_err());
     }
 }

@@ -5,6 +5,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use super::cli::{Format, List, ListFormat, Logs, Show, Status};
+use super::paper::Paper;
 use super::start::waits;
 use super::{Failure, Settings, input, is_terminal, json, note, now, print, render, render_status};
 use crate::bus::client::{ListFilter, Run};
@@ -32,7 +33,7 @@ pub(super) async fn list(settings: &Settings, arguments: &List) -> Result<u8, Fa
     match arguments.output {
         ListFormat::Json => print(&json::list(&runs))?,
         ListFormat::Table => {
-            print(&render::list(&runs, now()))?;
+            print(&render::list(&runs, now(), Paper::stdout()))?;
             let is_full = u32::try_from(runs.len()).is_ok_and(|count| count >= arguments.lines);
             if let Some(last) = runs.last().filter(|_| is_full && is_terminal()) {
                 note(&format!(
@@ -84,7 +85,7 @@ pub(super) async fn show(settings: &Settings, arguments: &Show) -> Result<u8, Fa
     let waits = waits(&client, &run).await;
     match arguments.output {
         Format::Json => print(&json::show(&run, waits))?,
-        Format::Text => print(&render::show(&run, waits, now()))?,
+        Format::Text => print(&render::show(&run, waits, now(), Paper::stdout()))?,
     }
     Ok(0)
 }
@@ -94,7 +95,7 @@ pub(super) async fn status(settings: &Settings, arguments: &Status) -> Result<u8
     let status = settings.connect().await?.status().await?;
     match arguments.output {
         Format::Json => print(&json::status(&status))?,
-        Format::Text => print(&render_status::status(&status, now()))?,
+        Format::Text => print(&render_status::status(&status, now(), Paper::stdout()))?,
     }
     Ok(0)
 }

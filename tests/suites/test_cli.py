@@ -18,8 +18,8 @@ import nervebox
 from nervebox import ctl, sh, systemctl, wait_for
 
 RUN_KEYS = ["run", "workflow", "status", "killing", "aborting", "exitCode", "result", "reason", "rounds", "createdAt",
-            "startedAt", "endedAt"]
-SHOW_KEYS = [*RUN_KEYS, "prompt", "maxRounds", "dryRun", "trigger", "definition", "unit", "waits", "events"]
+            "startedAt", "endedAt", "dryRun"]
+SHOW_KEYS = [*RUN_KEYS, "prompt", "maxRounds", "trigger", "definition", "unit", "waits", "events"]
 ROUND_KEYS = ["round", "role", "content", "meta", "timestamp"]
 
 STEPS = {"roles": {"first": {"exec": ["/bin/sh", "-c", "echo one; echo to the journal >&2"]},
