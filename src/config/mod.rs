@@ -4,10 +4,13 @@
 //! `nervectl validate`. Imports only [`crate::model`]. No function here panics, whatever it is fed, and nothing but
 //! [`directory`], [`settings::load`] and [`definition::host_warnings`] touches the machine.
 
+pub mod convert;
 pub mod definition;
 pub mod diagnostic;
 pub mod directory;
+mod emit;
 mod host;
+mod liquid;
 pub mod meta;
 pub mod moment;
 pub mod picture;

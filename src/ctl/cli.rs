@@ -63,6 +63,21 @@ pub(super) enum Command {
     /// Prints `NAME: ok` for each that is right; all that is wrong goes to stderr, each fault with its line and what to
     /// do. Exits 65 when there is an error; warnings alone are right.
     Validate(Validate),
+    /// Make a workspace: a directory of workflows to write, try and install; needs no daemon
+    ///
+    /// It has a workflow that runs as it is, settings, a page that tells an agent how to write workflows, and the schema for
+    /// editors. What is there already stays.
+    Init(Init),
+    /// Turn a definition of united-workforce into one of nerve; needs no daemon
+    ///
+    /// What it becomes goes to stdout. What could not be carried over goes to stderr, each with its line and what to do;
+    /// first of all who executes the roles, which such a definition does not say.
+    Convert(Convert),
+    /// Put a workspace's workflows and settings into /etc/nerve, and have nerve take them
+    ///
+    /// Checks all of them, shows the difference to what is installed, and refuses all when anything is wrong. What was
+    /// installed from the workspace and is in it no more is removed; nothing else is.
+    Install(Install),
     /// Show nerve itself: what runs, what waits and why, and which definitions are broken
     Status(Status),
     /// Keep, get and list blobs: bytes under their sha256
@@ -476,6 +491,39 @@ pub(super) struct Validate {
     pub output: Format,
 }
 
+/// `init`
+#[derive(Debug, Args)]
+pub(super) struct Init {
+    /// Where; it is made if it is not there
+    #[arg(value_name = "DIR", default_value = ".")]
+    pub directory: PathBuf,
+    /// Replace what is there already
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// `convert`
+#[derive(Debug, Args)]
+pub(super) struct Convert {
+    /// The definition, version 1 of its format, or - for stdin
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+}
+
+/// `install`
+#[derive(Debug, Args)]
+pub(super) struct Install {
+    /// The workspace: its nerve.yaml and its workflows/*.yaml; its name is the directory's
+    #[arg(value_name = "DIR")]
+    pub directory: PathBuf,
+    /// Only show what would change
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Replace files too that did not come from the workspace
+    #[arg(long)]
+    pub force: bool,
+}
+
 /// A moment as systemd.time(7) writes timestamps: µs since the epoch.
 fn moment(text: &str) -> Result<u64, String> {
     parse_moment(text, super::now(), &TimeZone::system())
@@ -533,6 +581,10 @@ mod tests {
             "nervectl validate",
             "nervectl validate a.yaml b.yaml",
             "nervectl validate --strict -o json -",
+            "nervectl convert -",
+            "nervectl init",
+            "nervectl init a --force",
+            "nervectl install . --dry-run --force",
             "nervectl status",
             "nervectl status -o json",
             "nervectl workflow start a --key ticket-4711",

@@ -98,6 +98,16 @@ pub(super) fn prompt(arguments: &Start) -> Result<String, Failure> {
     }
 }
 
+/// A definition of somebody's: a file, or stdin, and what it is called.
+pub(super) fn definition(path: &Path) -> Result<(String, Vec<u8>), Failure> {
+    let name = path.display().to_string();
+    if name == "-" {
+        return Ok(("stdin".to_owned(), read(io::stdin().lock(), "stdin")?));
+    }
+    let bytes = read_file(path)?;
+    Ok((name, bytes))
+}
+
 fn utf8(what: &str, bytes: Vec<u8>) -> Result<String, Failure> {
     String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();

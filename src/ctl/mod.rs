@@ -7,10 +7,14 @@ mod archived;
 mod blob;
 mod cli;
 mod control;
+mod convert;
+mod difference;
 mod events;
 mod follow;
 mod import;
+mod init;
 mod input;
+mod install;
 mod json;
 mod kill;
 mod paper;
@@ -94,6 +98,9 @@ enum Failure {
     /// The call was sent and not answered: it may have had its effect.
     #[error("{0}")]
     Unknown(String),
+    /// The caller may not do it.
+    #[error("{0}")]
+    Forbidden(String),
     /// The run had ended before it could be killed or aborted.
     #[error("{0}")]
     AlreadyEnded(String),
@@ -117,6 +124,7 @@ impl Failure {
             Self::AlreadyEnded(_) => 68,
             Self::Internal(_) => 70,
             Self::Unknown(_) | Self::Output(_) => 74,
+            Self::Forbidden(_) => 77,
             Self::Interrupted { status, .. } => *status,
         }
     }
@@ -158,6 +166,9 @@ async fn dispatch(settings: &Settings, command: Command) -> Result<u8, Failure> 
         Command::Workflow(Workflow::Reset(arguments)) => control::reset(settings, &arguments).await,
         Command::Blob(command) => blob::dispatch(settings, command).await,
         Command::Store(command) => store::dispatch(settings, command).await,
+        Command::Init(arguments) => init::init(&arguments),
+        Command::Convert(arguments) => convert::convert(&arguments),
+        Command::Install(arguments) => install::install(settings, &arguments).await,
         Command::Pause(arguments) => control::pause(settings, &arguments).await,
         Command::Resume => control::resume(settings).await,
         Command::Reload => control::reload(settings).await,

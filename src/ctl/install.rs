@@ -1,0 +1,472 @@
+//! `nervectl install`: a workspace's definitions become the system's. Everything is read, checked and compared first; then
+//! each file is replaced as a whole. What was put there is written down before it is put there, so that whatever happens
+//! in between, the next installation knows what is its own and removes no other.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::io::{self, Read as _};
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags};
+
+use super::cli::Install;
+use super::text::line;
+use super::{Failure, Settings, control, difference, note, print};
+use crate::bus::error::CallError;
+use crate::config::diagnostic::Severity;
+use crate::config::{definition, settings};
+use crate::model::limits;
+use crate::model::name::WorkflowName;
+use crate::os::disk;
+
+/// Exit status for a workspace that cannot be installed.
+const BROKEN: u8 = 65;
+
+/// Shows what changes, and changes it.
+pub(super) async fn install(settings: &Settings, arguments: &Install) -> Result<u8, Failure> {
+    let root = settings.engine.parent().unwrap_or(Path::new("/"));
+    let workspace = Workspace::read(&arguments.directory)?;
+    if !workspace.is_right() {
+        return Ok(BROKEN);
+    }
+    if !arguments.dry_run && !rustix::process::geteuid().is_root() {
+        return Err(Failure::Forbidden(
+            "only root may install; --dry-run shows what would change".to_owned(),
+        ));
+    }
+    // Held to the end: two installations at a time would not know of each other.
+    let _lock = (!arguments.dry_run).then(|| lock(root)).transpose()?;
+    let plan = Plan::of(&workspace, root)?;
+    print(&plan.shown(root))?;
+    if !arguments.force && !plan.strangers.is_empty() {
+        for stranger in &plan.strangers {
+            note(&format!("nervectl: {stranger}"));
+        }
+        return Ok(BROKEN);
+    }
+    if arguments.dry_run || plan.changes.is_empty() {
+        return Ok(0);
+    }
+    plan.perform(root)?;
+    match control::reload(settings).await {
+        Err(Failure::Call(CallError::NoManager | CallError::NoBus(_))) => {
+            note("nerve is not running; it takes what is installed when it starts");
+            Ok(0)
+        }
+        done => done,
+    }
+}
+
+/// What a workspace has to be installed, by where that goes below /etc/nerve.
+struct Workspace {
+    name: WorkflowName,
+    files: Vec<(PathBuf, PathBuf, Vec<u8>)>,
+}
+
+impl Workspace {
+    fn read(directory: &Path) -> Result<Self, Failure> {
+        let path = fs::canonicalize(directory).map_err(|error| unreadable(directory, &error))?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let name = name.parse().map_err(|error| {
+            Failure::Input(format!(
+                "the directory's name is the workspace's, and {error}; rename the directory"
+            ))
+        })?;
+        let mut files = Vec::new();
+        let own = path.join("nerve.yaml");
+        if fs::symlink_metadata(&own).is_ok() {
+            let target = Path::new("nerve.yaml.d").join(format!("50-{name}.yaml"));
+            files.push((target, own));
+        }
+        let folder = path.join("workflows");
+        let listed = fs::symlink_metadata(&folder).and_then(|found| {
+            if found.is_symlink() {
+                return Err(io::Error::other(
+                    "it is a symbolic link; replace it by a directory",
+                ));
+            }
+            fs::read_dir(&folder)?
+                .map(|entry| Ok(entry?.file_name()))
+                .collect::<io::Result<BTreeSet<_>>>()
+        });
+        for name in listed.map_err(|error| unreadable(&folder, &error))? {
+            let shown = name.to_string_lossy();
+            if shown.ends_with(".yaml") && !shown.starts_with('.') {
+                files.push((Path::new("workflows").join(&name), folder.join(&name)));
+            }
+        }
+        let read = |(target, source): (PathBuf, PathBuf)| {
+            let bytes = read(&source).map_err(|error| unreadable(&source, &error))?;
+            Ok((target, source, bytes))
+        };
+        let files = files
+            .into_iter()
+            .map(read)
+            .collect::<Result<_, Failure>>()?;
+        Ok(Self { name, files })
+    }
+
+    /// Whether all of it can be used; says what is wrong with any of it.
+    fn is_right(&self) -> bool {
+        let mut is_right = true;
+        for (target, source, bytes) in &self.files {
+            let shown = source.display().to_string();
+            let faults = if !target.starts_with("workflows") {
+                settings::parse(&shown, bytes).1
+            } else if bytes.is_empty() {
+                // It hides another one of its name.
+                Vec::new()
+            } else {
+                let stem = source.file_stem().map(|stem| stem.to_string_lossy());
+                definition::parse(&shown, stem.as_deref(), bytes).diagnostics
+            };
+            for fault in &faults {
+                note(&fault.to_string());
+            }
+            is_right &= faults.iter().all(|fault| fault.severity != Severity::Error);
+        }
+        is_right
+    }
+}
+
+/// A regular file, not one that a link leads to: root is not to be made to read what is somebody else's.
+fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|error| match error {
+        rustix::io::Errno::LOOP => {
+            io::Error::other("it is a symbolic link; replace it by the file")
+        }
+        error => error.into(),
+    })?;
+    let file = File::from(file);
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is no regular file"));
+    }
+    let mut bytes = Vec::new();
+    // One byte more than is allowed is told by who reads it as a definition.
+    file.take(limits::DEFINITION_BYTES as u64 + 1)
+        .read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// A file below /etc/nerve that is to have other content, or is to go.
+struct Change {
+    target: PathBuf,
+    old: Option<Vec<u8>>,
+    new: Option<Vec<u8>>,
+}
+
+/// What an installation does.
+struct Plan {
+    changes: Vec<Change>,
+    /// Where it is written down which files are the workspace's.
+    manifest: PathBuf,
+    /// What is the workspace's before, and after.
+    owned: BTreeSet<PathBuf>,
+    wanted: BTreeSet<PathBuf>,
+    /// Why files that are to change are not the workspace's.
+    strangers: Vec<String>,
+}
+
+impl Plan {
+    fn of(workspace: &Workspace, root: &Path) -> Result<Self, Failure> {
+        let manifest = manifests(root).join(workspace.name.as_str());
+        let owned = owned_by(&manifest)?;
+        let wanted: BTreeSet<PathBuf> = workspace
+            .files
+            .iter()
+            .map(|(target, ..)| target.clone())
+            .collect();
+        let gone = owned.difference(&wanted).map(|target| (target, None));
+        let there = workspace
+            .files
+            .iter()
+            .map(|(target, _, bytes)| (target, Some(bytes)));
+        let (mut changes, mut strangers) = (Vec::new(), Vec::new());
+        for (target, new) in there.chain(gone) {
+            let path = root.join(target);
+            let old = match fs::read(&path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+                old => Some(old.map_err(|error| unreadable(&path, &error))?),
+            };
+            if old.as_ref() == new {
+                continue;
+            }
+            if old.is_some() && !owned.contains(target) {
+                strangers.push(format!(
+                    "{} is there already, and not from the workspace {}; remove it, or --force replaces it",
+                    line(&path.display().to_string()),
+                    workspace.name
+                ));
+            }
+            changes.push(Change {
+                target: target.clone(),
+                old,
+                new: new.cloned(),
+            });
+        }
+        Ok(Self {
+            changes,
+            manifest,
+            owned,
+            wanted,
+            strangers,
+        })
+    }
+
+    /// The difference, file by file.
+    fn shown(&self, root: &Path) -> String {
+        if self.changes.is_empty() {
+            return "Nothing changes.\n".to_owned();
+        }
+        let show = |change: &Change| {
+            let path = root.join(&change.target).display().to_string();
+            let name = |bytes: &Option<Vec<u8>>| match bytes {
+                Some(_) => path.clone(),
+                None => "/dev/null".to_owned(),
+            };
+            let text = |bytes: &Option<Vec<u8>>| {
+                String::from_utf8_lossy(bytes.as_deref().unwrap_or_default()).into_owned()
+            };
+            let (old, new) = (&change.old, &change.new);
+            difference::unified(&name(old), &name(new), &text(old), &text(new))
+        };
+        self.changes.iter().map(show).collect()
+    }
+
+    fn perform(&self, root: &Path) -> Result<(), Failure> {
+        self.own(self.owned.union(&self.wanted))?;
+        for change in &self.changes {
+            let path = root.join(&change.target);
+            let done = match &change.new {
+                Some(bytes) => path
+                    .parent()
+                    .map_or(Ok(()), make_directory)
+                    .and_then(|()| disk::replace(&path, bytes)),
+                None => disk::remove(&path),
+            };
+            done.map_err(|error| unwritable(&path, &error))?;
+        }
+        self.own(self.wanted.iter())
+    }
+
+    fn own<'a>(&self, files: impl Iterator<Item = &'a PathBuf>) -> Result<(), Failure> {
+        let mut text = String::new();
+        for file in files {
+            let _ = writeln!(text, "{}", file.display());
+        }
+        disk::replace(&self.manifest, text.as_bytes())
+            .map_err(|error| unwritable(&self.manifest, &error))
+    }
+}
+
+/// Where it is written down which files are whose: a file for each workspace, a path on each line.
+fn manifests(root: &Path) -> PathBuf {
+    root.join("workspaces")
+}
+
+/// The files of a workspace that was installed before. Only root writes there; still, nothing outside is ever removed.
+fn owned_by(manifest: &Path) -> Result<BTreeSet<PathBuf>, Failure> {
+    let text = match fs::read_to_string(manifest) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+        text => text.map_err(|error| unreadable(manifest, &error))?,
+    };
+    let is_ours = |path: &PathBuf| {
+        let folder = path.parent().and_then(Path::to_str);
+        matches!(folder, Some("workflows" | "nerve.yaml.d"))
+    };
+    Ok(text.lines().map(PathBuf::from).filter(is_ours).collect())
+}
+
+/// Keeps other installations waiting for as long as it lives.
+fn lock(root: &Path) -> Result<File, Failure> {
+    let path = manifests(root);
+    let lock = || {
+        make_directory(&path)?;
+        let directory = File::open(&path)?;
+        directory.lock()?;
+        Ok(directory)
+    };
+    lock().map_err(|error| unwritable(&path, &error))
+}
+
+/// Whoever may read the files has to get there, whatever the umask is.
+fn make_directory(path: &Path) -> io::Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    path.parent().map_or(Ok(()), make_directory)?;
+    fs::DirBuilder::new().mode(0o755).create(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755))
+}
+
+fn unreadable(path: &Path, error: &io::Error) -> Failure {
+    let path = path.display().to_string();
+    Failure::Input(format!("cannot read {}: {error}", line(&path)))
+}
+
+fn unwritable(path: &Path, error: &io::Error) -> Failure {
+    let path = path.display().to_string();
+    Failure::Internal(format!(
+        "cannot write {}: {error}; what was written before it is whole, and installing again completes it",
+        line(&path)
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    fn definition(name: &str) -> String {
+        format!(
+            "version: 1\nname: {name}\nroles:\n  a:\n    exec: [cat]\ngraph:\n  $START: a\n  a: {{ ok: $END }}\n"
+        )
+    }
+
+    /// A workspace, and a place where it is installed.
+    struct Place {
+        directory: tempfile::TempDir,
+    }
+
+    impl Place {
+        fn new(names: &[&str]) -> Self {
+            let place = Self {
+                directory: tempfile::tempdir().unwrap(),
+            };
+            fs::create_dir_all(place.workspace().join("workflows")).unwrap();
+            fs::create_dir_all(place.root().join("workspaces")).unwrap();
+            for name in names {
+                place.write(&format!("workflows/{name}.yaml"), &definition(name));
+            }
+            place
+        }
+
+        fn workspace(&self) -> PathBuf {
+            self.directory.path().join("work")
+        }
+
+        fn root(&self) -> PathBuf {
+            self.directory.path().join("etc/nerve")
+        }
+
+        fn write(&self, name: &str, text: &str) {
+            fs::write(self.workspace().join(name), text).unwrap();
+        }
+
+        fn plan(&self) -> Plan {
+            let workspace = Workspace::read(&self.workspace()).unwrap();
+            assert!(workspace.is_right());
+            Plan::of(&workspace, &self.root()).unwrap()
+        }
+
+        fn installed(&self) -> Vec<String> {
+            let listed = |folder: &str| -> Vec<String> {
+                let entries = fs::read_dir(self.root().join(folder)).into_iter().flatten();
+                entries
+                    .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+                    .collect()
+            };
+            let mut names: Vec<String> = [listed("workflows"), listed("nerve.yaml.d")].concat();
+            names.sort();
+            names
+        }
+    }
+
+    #[test]
+    fn what_a_workspace_has_is_installed_and_what_it_has_no_more_is_removed() {
+        let place = Place::new(&["do-this", "do-that"]);
+        place.write("nerve.yaml", "max_active: 3\n");
+        place.plan().perform(&place.root()).unwrap();
+        assert_eq!(
+            place.installed(),
+            ["50-work.yaml", "do-that.yaml", "do-this.yaml"]
+        );
+        assert_eq!(place.plan().shown(&place.root()), "Nothing changes.\n");
+        fs::write(place.root().join("workflows/by-hand.yaml"), "x").unwrap();
+        fs::remove_file(place.workspace().join("workflows/do-that.yaml")).unwrap();
+        place.write(
+            "workflows/do-this.yaml",
+            &definition("do-this").replace("cat", "tac"),
+        );
+        let plan = place.plan();
+        let shown = plan.shown(&place.root());
+        for line in ["+++ /dev/null", "-    exec: [cat]", "+    exec: [tac]"] {
+            assert!(shown.contains(line), "{shown}");
+        }
+        plan.perform(&place.root()).unwrap();
+        assert_eq!(
+            place.installed(),
+            ["50-work.yaml", "by-hand.yaml", "do-this.yaml"]
+        );
+    }
+
+    #[test]
+    fn an_installation_that_was_cut_off_is_completed_by_the_next() {
+        let place = Place::new(&["do-this", "do-that"]);
+        let plan = place.plan();
+        // As far as the first file.
+        plan.own(plan.wanted.iter()).unwrap();
+        make_directory(&place.root().join("workflows")).unwrap();
+        let first = &plan.changes[0];
+        disk::replace(
+            &place.root().join(&first.target),
+            first.new.as_ref().unwrap(),
+        )
+        .unwrap();
+        fs::remove_file(place.workspace().join("workflows/do-that.yaml")).unwrap();
+        let next = place.plan();
+        assert_eq!(next.strangers, [""; 0]);
+        next.perform(&place.root()).unwrap();
+        assert_eq!(place.installed(), ["do-this.yaml"]);
+    }
+
+    #[test]
+    fn what_somebody_else_put_there_is_not_replaced_unasked() {
+        let place = Place::new(&["do-this"]);
+        make_directory(&place.root().join("workflows")).unwrap();
+        let path = place.root().join("workflows/do-this.yaml");
+        fs::write(&path, "by hand").unwrap();
+        let strangers = place.plan().strangers;
+        assert!(
+            strangers[0].contains("--force replaces it"),
+            "{strangers:?}"
+        );
+        // The same is no matter.
+        fs::write(&path, definition("do-this")).unwrap();
+        assert_eq!(place.plan().strangers, [""; 0]);
+    }
+
+    #[test]
+    fn a_manifest_leads_nowhere_else() {
+        let place = Place::new(&["do-this"]);
+        let lines =
+            "../passwd\nworkflows/../../passwd\n/etc/passwd\nworkspaces/x\nworkflows/own.yaml\n";
+        let manifest = place.root().join("workspaces/work");
+        fs::write(&manifest, lines).unwrap();
+        let owned = owned_by(&manifest).unwrap();
+        assert_eq!(owned, [PathBuf::from("workflows/own.yaml")].into());
+    }
+
+    #[test]
+    fn links_broken_definitions_and_odd_names_are_refused() {
+        let place = Place::new(&["do-this"]);
+        let text = |failure: Option<Failure>| failure.unwrap().to_string();
+        let link = place.workspace().join("workflows/linked.yaml");
+        symlink("/etc/hostname", &link).unwrap();
+        let said = text(Workspace::read(&place.workspace()).err());
+        assert!(
+            said.contains("linked.yaml: it is a symbolic link"),
+            "{said}"
+        );
+        fs::remove_file(link).unwrap();
+        place.write("workflows/other.yaml", "version: 1\nname: another\n");
+        assert!(!Workspace::read(&place.workspace()).unwrap().is_right());
+        let odd = place.directory.path().join("Odd Name");
+        fs::create_dir(&odd).unwrap();
+        let said = text(Workspace::read(&odd).err());
+        assert!(said.contains("rename the directory"), "{said}");
+    }
+}
