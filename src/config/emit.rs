@@ -15,8 +15,10 @@ pub(super) fn entry(out: &mut String, indent: usize, key: &str, value: &Value) {
         Value::String(text) if is_block(text) => {
             let _ = writeln!(out, "{space}{key}: |");
             for line in text.trim_end_matches('\n').lines() {
-                let line = format!("{space}  {line}");
-                let _ = writeln!(out, "{}", line.trim_end());
+                let _ = match line {
+                    "" => writeln!(out),
+                    line => writeln!(out, "{space}  {line}"),
+                };
             }
         }
         Value::Object(map) if !is_flow(value, indent + key.len()) => {
@@ -39,10 +41,9 @@ pub(super) fn entry(out: &mut String, indent: usize, key: &str, value: &Value) {
 
 /// Several lines that a block keeps as they are.
 fn is_block(text: &str) -> bool {
-    let is_kept = |c: char| !c.is_control() || c == '\n' || c == '\t';
     text.contains('\n')
         && !text.starts_with([' ', '\t', '\n'])
-        && text.chars().all(is_kept)
+        && text.chars().all(|c| c == '\n' || is_printable(c))
         && !text.ends_with("\n\n")
         && text.ends_with('\n')
 }
@@ -80,7 +81,16 @@ fn flow(value: &Value) -> String {
     }
 }
 
-/// A text that every reader of YAML takes for that text: JSON's is YAML's, too.
+/// What YAML lets stand for itself.
+fn is_printable(c: char) -> bool {
+    let is_break = matches!(
+        c,
+        '\u{2028}' | '\u{2029}' | '\u{feff}' | '\u{fffe}' | '\u{ffff}'
+    );
+    !is_break && (c == '\t' || !c.is_control())
+}
+
+/// A text that every reader of YAML takes for that text: JSON's is YAML's, but for what YAML wants to be escaped.
 fn scalar(text: &str) -> String {
     const WORDS: [&str; 10] = [
         "true", "false", "null", "yes", "no", "on", "off", "y", "n", "inf",
@@ -91,10 +101,17 @@ fn scalar(text: &str) -> String {
             .all(|c| c.is_ascii_alphanumeric() || "_-$".contains(c))
         && !WORDS.iter().any(|word| word.eq_ignore_ascii_case(text));
     if is_plain {
-        text.to_owned()
-    } else {
-        Value::from(text).to_string()
+        return text.to_owned();
     }
+    let mut quoted = String::new();
+    for c in Value::from(text).to_string().chars() {
+        if is_printable(c) {
+            quoted.push(c);
+        } else {
+            let _ = write!(quoted, "\\u{:04x}", u32::from(c));
+        }
+    }
+    quoted
 }
 
 #[cfg(test)]

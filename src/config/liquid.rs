@@ -147,7 +147,7 @@ impl Translation<'_> {
         }
         Ok(match said? {
             Tag::Text(said) => Tag::Text(format!("{{%{left} {said} {right}%}}")),
-            skipped => skipped,
+            skipped @ Tag::Until(..) => skipped,
         })
     }
 

@@ -122,6 +122,11 @@ pub(super) enum Workflow {
     /// The id is printed alone, on stdout, as soon as the run is durable: from then on it ends in exactly one status,
     /// whatever happens to nerve or the machine.
     Start(Start),
+    /// Execute a definition once, here and as you, without nerve and without installing it
+    ///
+    /// Shows each round as it is done, and exits with the run's exit code. Nothing of the run is kept, and what the
+    /// definition says below `worker` about its unit does not hold, but for Environment. Interrupted, it ends the run.
+    Try(Try),
     /// List runs, newest first
     List(List),
     /// Show everything about a run: status, times, prompt, events
@@ -246,12 +251,8 @@ pub(super) struct Start {
     /// The workflow, as `nervectl status` lists it
     #[arg(value_name = "NAME")]
     pub workflow: OsString,
-    /// What the run is about: `start.content` in the roles' prompts; at most 1 MiB
-    #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
-    pub prompt: Option<OsString>,
-    /// Read the prompt from a file, or from stdin (-); at most 1 MiB
-    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
-    pub prompt_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub prompt: Prompt,
     /// Rounds that the run may take; when it needs one more it ends (failed, 2). Without it the definition says
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(limits::MAX_ROUNDS)))]
     pub max_rounds: Option<u32>,
@@ -273,6 +274,33 @@ pub(super) struct Start {
     /// Interrupted, nervectl goes and the run stays.
     #[arg(short, long)]
     pub follow: bool,
+}
+
+/// What a run is started with.
+#[derive(Debug, Args)]
+pub(super) struct Prompt {
+    /// What the run is about: `start.content` in the roles' prompts; at most 1 MiB
+    #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub prompt: Option<OsString>,
+    /// Read the prompt from a file, or from stdin (-); at most 1 MiB
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    pub prompt_file: Option<PathBuf>,
+}
+
+/// `workflow try`
+#[derive(Debug, Args)]
+pub(super) struct Try {
+    /// The definition, or - for stdin
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    #[command(flatten)]
+    pub prompt: Prompt,
+    /// Rounds that the run may take, as of `workflow start`
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(limits::MAX_ROUNDS)))]
+    pub max_rounds: Option<u32>,
+    /// Rehearse, as `workflow start` does
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 /// `workflow list`
@@ -564,6 +592,8 @@ mod tests {
             "nervectl workflow start a -p -text",
             "nervectl workflow start a --prompt-file -",
             "nervectl workflow start a --dry-run -f",
+            "nervectl workflow try a.yaml -p text --max-rounds 3 --dry-run",
+            "nervectl workflow try - --prompt-file p",
             "nervectl workflow list",
             "nervectl workflow list a --active -n 5 -o json",
             "nervectl workflow list --status failed --status killed --exit-code 1",

@@ -6,7 +6,7 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use super::Failure;
-use super::cli::Start;
+use super::cli::Prompt;
 use crate::bus::client::check_key;
 use crate::model::limits;
 use crate::model::name::{RunTail, WorkflowName};
@@ -70,7 +70,7 @@ pub(super) fn key(text: Option<&OsStr>) -> Result<Option<String>, Failure> {
 }
 
 /// The prompt of a start: `-p`, a file, stdin, or empty.
-pub(super) fn prompt(arguments: &Start) -> Result<String, Failure> {
+pub(super) fn prompt(arguments: &Prompt) -> Result<String, Failure> {
     let (what, bytes) = match (&arguments.prompt, &arguments.prompt_file) {
         (Some(text), _) => ("the prompt".to_owned(), text.as_encoded_bytes().to_vec()),
         (None, Some(path)) if path.as_os_str() == "-" => (
@@ -147,15 +147,9 @@ mod tests {
     use std::path::PathBuf;
 
     fn from(text: Option<OsString>, file: Option<PathBuf>) -> Result<String, Failure> {
-        prompt(&Start {
-            workflow: "a".into(),
+        prompt(&Prompt {
             prompt: text,
             prompt_file: file,
-            max_rounds: None,
-            key: None,
-            wait: false,
-            follow: false,
-            dry_run: false,
         })
     }
 

@@ -26,6 +26,7 @@ mod store;
 mod text;
 mod thread;
 mod validate;
+mod trial;
 mod verbs;
 mod wait;
 
@@ -158,6 +159,7 @@ pub fn run() -> ExitCode {
 async fn dispatch(settings: &Settings, command: Command) -> Result<u8, Failure> {
     match command {
         Command::Workflow(Workflow::Start(arguments)) => start::start(settings, &arguments).await,
+        Command::Workflow(Workflow::Try(arguments)) => trial::try_out(&arguments).await,
         Command::Workflow(Workflow::List(arguments)) => verbs::list(settings, &arguments).await,
         Command::Workflow(Workflow::Show(arguments)) => verbs::show(settings, &arguments).await,
         Command::Workflow(Workflow::Kill(arguments)) => kill::kill(settings, &arguments).await,

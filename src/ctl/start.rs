@@ -17,7 +17,7 @@ const DROPPED: u8 = 75;
 /// Starts a run, prints its id, and with `--wait` or `--follow` stays until its end.
 pub(super) async fn start(settings: &Settings, arguments: &Start) -> Result<u8, Failure> {
     let workflow = input::workflow(&arguments.workflow)?;
-    let prompt = input::prompt(arguments)?;
+    let prompt = input::prompt(&arguments.prompt)?;
     let key = input::key(arguments.key.as_deref())?;
     let is_idempotent = key.is_some();
     let client = settings.connect().await?;

@@ -104,7 +104,7 @@ pub(super) fn table(header: &[&str], right: &[&str], rows: &[Vec<String>], paper
 
 /// Makes columns fit, the widest of them narrower, but none so narrow that it says nothing.
 fn squeeze(widths: &mut [usize], room: Option<usize>) {
-    const NARROWEST: usize = 8;
+    const NARROWEST: usize = 4;
     let Some(room) = room else {
         return;
     };

@@ -1,0 +1,332 @@
+//! `nervectl workflow try`: one run of a definition that need not be installed, here and now, as who asks for it, without
+//! nerve. A worker executes it as ever, in a cgroup below one's own; this side of its socket says what nerved would.
+//! Nothing is kept.
+
+use std::env;
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use uuid::Uuid;
+
+use super::cli::Try;
+use super::paper::Paper;
+use super::start::interrupts;
+use super::text::{line, span};
+use super::wait::Interrupts;
+use super::{Failure, input, note, now, print, render};
+use crate::bus::client::Round;
+use crate::config::definition;
+use crate::config::diagnostic::Severity;
+use crate::model::limits;
+use crate::model::workflow::Definition;
+use crate::os::cgroup::{self, Cgroup};
+
+/// Exit status for a definition that is wrong.
+const BROKEN: u8 = 65;
+/// Set for who has been given a cgroup of his own already.
+const IN_SCOPE: &str = "NERVE_TRY_SCOPE";
+
+/// Executes a definition to the end of one run, shows its rounds, and exits with the run's exit code.
+pub(super) async fn try_out(arguments: &Try) -> Result<u8, Failure> {
+    let (name, bytes) = input::definition(&arguments.file)?;
+    let prompt = input::prompt(&arguments.prompt)?;
+    let stem = arguments
+        .file
+        .file_stem()
+        .map(|stem| stem.to_string_lossy());
+    let parsed = definition::parse(&name, stem.as_deref().filter(|stem| *stem != "-"), &bytes);
+    for fault in &parsed.diagnostics {
+        note(&fault.to_string());
+    }
+    let is_right = parsed
+        .diagnostics
+        .iter()
+        .all(|fault| fault.severity != Severity::Error);
+    let Some(definition) = parsed.definition.filter(|_| is_right) else {
+        return Ok(BROKEN);
+    };
+    let mut interrupts = interrupts()?;
+    let place = Place::new()?;
+    let run = json!({
+        "type": "start-thread", "runId": Uuid::now_v7().simple().to_string(), "attempt": 1, "prompt": prompt,
+        "maxRounds": arguments.max_rounds.or(definition.workflow.max_rounds).unwrap_or(limits::DEFAULT_MAX_ROUNDS),
+        "dryRun": arguments.dry_run, "createdAt": now(), "trigger": {"type": "try"}, "workflow": definition.source,
+        "timeoutMs": definition.workflow.timeout.map(|timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),
+    });
+    let ended = place.execute(&definition, run, &mut interrupts).await;
+    place.clear().await;
+    let (code, result) = ended?;
+    if code != 0 {
+        note(&format!("the run ended {code}: {}", line(&result)));
+    }
+    Ok(code)
+}
+
+/// What nerved would say to the worker, and be told.
+struct Conversation {
+    reader: BufReader<tokio::net::unix::OwnedReadHalf>,
+    writer: tokio::net::unix::OwnedWriteHalf,
+    assignment: Value,
+    /// When the last round was done.
+    since: u64,
+}
+
+impl Conversation {
+    fn new(stream: UnixStream, assignment: Value) -> Self {
+        let (reader, writer) = stream.into_split();
+        Self {
+            reader: BufReader::new(reader),
+            writer,
+            assignment,
+            since: now(),
+        }
+    }
+
+    /// The exit code and the result of the run. An interrupt kills it.
+    async fn hold(mut self, interrupts: &mut Interrupts) -> Result<(u8, String), Failure> {
+        let run = self.assignment["runId"].clone();
+        let mut text = String::new();
+        loop {
+            text.clear();
+            let read = self.reader.read_line(&mut text);
+            match interrupts.or(read).await {
+                Ok(Ok(0)) => {
+                    return Err(Failure::Internal(
+                        "the worker went down under the run".to_owned(),
+                    ));
+                }
+                Ok(read) => drop(read.map_err(cannot)?),
+                Err(_) => {
+                    let grace =
+                        u64::try_from(limits::DEFAULT_GRACE.as_millis()).unwrap_or(u64::MAX);
+                    self.say(json!({"type": "kill-thread", "runId": run, "graceMs": grace}))
+                        .await?;
+                    continue;
+                }
+            }
+            let frame: Value = serde_json::from_str(&text).map_err(|error| {
+                Failure::Internal(format!("the worker says what is no JSON: {error}"))
+            })?;
+            let answer = |kind: &str| json!({"type": kind, "runId": run, "round": frame["round"], "attempt": frame["attempt"]});
+            match frame["type"].as_str().unwrap_or_default() {
+                "ready" => {
+                    let workflow = &frame["workflow"];
+                    self.say(json!({"type": "welcome", "protocol": 1, "workflow": workflow}))
+                        .await?;
+                    let assignment = self.assignment.clone();
+                    self.say(assignment).await?;
+                }
+                "thread-workflow-message" => {
+                    self.show(&frame)?;
+                    self.say(answer("message-ack")).await?;
+                }
+                "thread-attempt" => {
+                    self.show(&frame)?;
+                    self.say(answer("attempt-ack")).await?;
+                }
+                "thread-route" => self.say(answer("route-ack")).await?,
+                "thread-event" => {
+                    self.say(json!({"type": "event-ack", "runId": run})).await?;
+                    self.say(json!({"type": "shutdown", "timeoutMs": 0}))
+                        .await?;
+                    let code = frame["exitCode"]
+                        .as_u64()
+                        .and_then(|code| u8::try_from(code).ok());
+                    let result = frame["result"].as_str().unwrap_or_default();
+                    let detail = frame["detail"].as_str().map(|detail| format!(", {detail}"));
+                    let result = format!("{result}{}", detail.unwrap_or_default());
+                    return Ok((code.unwrap_or(u8::MAX), result));
+                }
+                _ => note(&line(text.trim_end())),
+            }
+        }
+    }
+
+    async fn say(&mut self, frame: Value) -> Result<(), Failure> {
+        let line = format!("{frame}\n");
+        self.writer.write_all(line.as_bytes()).await.map_err(cannot)
+    }
+
+    /// A round, or an attempt of one.
+    fn show(&mut self, frame: &Value) -> Result<(), Failure> {
+        let said = |key: &str| {
+            frame["message"][key]
+                .as_str()
+                .unwrap_or_default()
+                .to_owned()
+        };
+        let round = Round {
+            round: frame["round"]
+                .as_u64()
+                .and_then(|round| u32::try_from(round).ok())
+                .unwrap_or(0),
+            role: said("role"),
+            content: said("content"),
+            meta: frame["message"]["meta"].to_string(),
+            timestamp: now(),
+        };
+        let took = span(round.timestamp.saturating_sub(self.since));
+        self.since = round.timestamp;
+        print(&render::thread(&[round], |_| took.clone(), Paper::stdout()))?;
+        print("\n")
+    }
+}
+
+/// Where the worker lives: a cgroup, and a directory.
+struct Place {
+    directory: PathBuf,
+    /// The cgroup that this process is in, and one below it.
+    own: Cgroup,
+    cgroup: Cgroup,
+}
+
+impl Place {
+    fn new() -> Result<Self, Failure> {
+        let id = std::process::id();
+        let own = Cgroup::at(&cgroup::of_process(id).map_err(cannot)?);
+        let cgroup = own.child(&format!("nerve-try-{id}"));
+        match cgroup.create() {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                return Err(in_scope());
+            }
+            made => made.map_err(cannot)?,
+        }
+        let directory = env::temp_dir().join(format!("nerve-try-{id}"));
+        let made = DirBuilder::new().mode(0o700).create(&directory);
+        let place = Self {
+            directory,
+            own,
+            cgroup,
+        };
+        made.map(|()| place).map_err(cannot)
+    }
+
+    /// The exit code and the result of a run.
+    async fn execute(
+        &self,
+        definition: &Definition,
+        run: Value,
+        interrupts: &mut Interrupts,
+    ) -> Result<(u8, String), Failure> {
+        let socket = self.directory.join("worker.sock");
+        let listener = UnixListener::bind(&socket).map_err(cannot)?;
+        let mut worker = self.start_worker(definition, &socket)?;
+        let mut exited = tokio::task::spawn_blocking(move || worker.wait());
+        let connected = async {
+            tokio::select! {
+                accepted = listener.accept() => accepted.map(|(stream, _)| stream),
+                exit = &mut exited => Err(io::Error::other(format!("its worker does not start: {exit:?}"))),
+            }
+        };
+        let stream = match interrupts.or(connected).await {
+            Ok(stream) => stream.map_err(cannot)?,
+            Err(status) => {
+                let text = "nothing was executed".to_owned();
+                return Err(Failure::Interrupted { status, text });
+            }
+        };
+        let end = Conversation::new(stream, run).hold(interrupts).await?;
+        // It has been told to go.
+        let _ = exited.await;
+        Ok(end)
+    }
+
+    /// Ends what is left in the cgroup, and removes it and the directory. What fails here harms nobody.
+    async fn clear(self) {
+        let _ = self.cgroup.kill();
+        let _ = self.cgroup.emptied().await;
+        let _ = self.cgroup.remove();
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+
+    /// Starts it in its cgroup: it is born where its parent is.
+    fn start_worker(&self, definition: &Definition, socket: &Path) -> Result<Child, Failure> {
+        let mut command = Command::new(worker_path()?);
+        command
+            .arg(definition.workflow.name.as_str())
+            .env("NERVE_SOCKET", socket)
+            .env("NERVE_WORKFLOW", definition.workflow.name.as_str())
+            .env("STATE_DIRECTORY", &self.directory)
+            .env_remove("NOTIFY_SOCKET")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            // Ctrl-C is for us: we kill the run, and not only its worker.
+            .process_group(0);
+        if let [program, ..] = definition.workflow.worker.exec.as_slice() {
+            let exec = json!(definition.workflow.worker.exec).to_string();
+            command.env("NERVE_WORKER_EXEC", exec);
+            note(&format!("its own worker, {}, executes it", line(program)));
+        }
+        for variable in &definition.workflow.worker.environment {
+            if let Some((name, value)) = variable.split_once('=') {
+                command.env(name, value);
+            }
+        }
+        let id = std::process::id();
+        self.cgroup.adopt(id).map_err(cannot)?;
+        let child = command.spawn();
+        self.own.adopt(id).map_err(cannot)?;
+        child.map_err(cannot)
+    }
+}
+
+/// Does it all again in a scope of the user's own manager, where there may be cgroups. Returns only when there is none.
+fn in_scope() -> Failure {
+    const HELP: &str = "do it as root, or where `systemd-run --user --scope` works";
+    if env::var_os(IN_SCOPE).is_some() {
+        return Failure::Forbidden(format!("cannot make a cgroup; {HELP}"));
+    }
+    let program = match env::current_exe() {
+        Ok(program) => program,
+        Err(error) => return cannot(error),
+    };
+    let error = Command::new("systemd-run")
+        .args([
+            "--user",
+            "--scope",
+            "--quiet",
+            "--collect",
+            "--property=Delegate=yes",
+            "--",
+        ])
+        .arg(program)
+        .args(env::args_os().skip(1))
+        .env(IN_SCOPE, "1")
+        .exec();
+    Failure::Forbidden(format!(
+        "cannot make a cgroup, nor execute systemd-run: {error}; {HELP}"
+    ))
+}
+
+/// Beside nervectl where it was built, below libexec where it is installed.
+fn worker_path() -> Result<PathBuf, Failure> {
+    let program = env::current_exe().map_err(cannot)?;
+    let folder = program.parent().unwrap_or(Path::new("/"));
+    let places = [
+        folder.join("nerve-worker"),
+        folder.join("../libexec/nerve/nerve-worker"),
+    ];
+    let [first, second] = &places;
+    places
+        .iter()
+        .find(|path| path.is_file())
+        .cloned()
+        .ok_or_else(|| {
+            let (first, second) = (first.display(), second.display());
+            Failure::Internal(format!(
+                "there is no nerve-worker, neither {first} nor {second}; install nerve"
+            ))
+        })
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "it is what map_err hands on")]
+fn cannot(error: io::Error) -> Failure {
+    Failure::Internal(format!("cannot try it here: {error}"))
+}
