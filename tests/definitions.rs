@@ -55,6 +55,27 @@ fn shipped_definitions_are_without_fault() {
     }
 }
 
+/// Their agents and directories are whoever's uses them: only the host may lack something.
+#[test]
+fn examples_are_without_fault() {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir("packaging/usr/lib/nerve/examples").unwrap() {
+        let folder = entry.unwrap().path().join("workflows");
+        let loaded = directory::load(&[folder], Trust::Anyone);
+        assert!(loaded.diagnostics.is_empty(), "{:?}", loaded.diagnostics);
+        for (name, file) in loaded.definitions {
+            assert!(
+                file.parsed.diagnostics.is_empty(),
+                "{:?}",
+                file.parsed.diagnostics
+            );
+            names.push(name.to_string());
+        }
+    }
+    names.sort();
+    assert_eq!(names, ["develop-workflow", "review-pull-request"]);
+}
+
 #[test]
 fn our_reading_of_yaml_is_everybodys() {
     agree("tricky", TRICKY);

@@ -43,7 +43,8 @@ pub struct Settings {
 
 impl Settings {
     /// These settings where `later` is silent.
-    fn beaten_by(self, later: Self) -> Self {
+    #[must_use]
+    pub fn beaten_by(self, later: Self) -> Self {
         Self {
             max_active: later.max_active.or(self.max_active),
             compressed: later.compressed.or(self.compressed),

@@ -26,7 +26,7 @@ const BROKEN: u8 = 65;
 
 /// Shows what changes, and changes it.
 pub(super) async fn install(settings: &Settings, arguments: &Install) -> Result<u8, Failure> {
-    let root = settings.engine.parent().unwrap_or(Path::new("/"));
+    let root = settings.engine.file.parent().unwrap_or(Path::new("/"));
     let workspace = Workspace::read(&arguments.directory)?;
     if !workspace.is_right() {
         return Ok(BROKEN);

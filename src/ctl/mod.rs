@@ -159,7 +159,7 @@ pub fn run() -> ExitCode {
 async fn dispatch(settings: &Settings, command: Command) -> Result<u8, Failure> {
     match command {
         Command::Workflow(Workflow::Start(arguments)) => start::start(settings, &arguments).await,
-        Command::Workflow(Workflow::Try(arguments)) => trial::try_out(&arguments).await,
+        Command::Workflow(Workflow::Try(arguments)) => trial::try_out(settings, &arguments).await,
         Command::Workflow(Workflow::List(arguments)) => verbs::list(settings, &arguments).await,
         Command::Workflow(Workflow::Show(arguments)) => verbs::show(settings, &arguments).await,
         Command::Workflow(Workflow::Kill(arguments)) => kill::kill(settings, &arguments).await,

@@ -65,13 +65,13 @@ fn show(arguments: &Thread, rounds: &[Round]) -> Result<(), Failure> {
 /// The thread of the run that this is executed in.
 fn own(arguments: &Thread) -> Result<Vec<Round>, Failure> {
     let Some(path) = env::var_os(THREAD) else {
-        return Err(Failure::Input(format!(
+        return Err(Failure::Usage(format!(
             "no run is named, and {THREAD} is not set, so this is no role of one; say which: `nervectl thread RUN`, and \
              `nervectl workflow list` has them"
         )));
     };
     if arguments.follow {
-        return Err(Failure::Input(
+        return Err(Failure::Usage(
             "a thread does not grow while a role speaks; leave -f out, or name the run".to_owned(),
         ));
     }

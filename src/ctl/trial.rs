@@ -20,10 +20,11 @@ use super::paper::Paper;
 use super::start::interrupts;
 use super::text::{line, span};
 use super::wait::Interrupts;
-use super::{Failure, input, note, now, print, render};
+use super::{Failure, Settings, input, note, now, print, render};
 use crate::bus::client::Round;
-use crate::config::definition;
 use crate::config::diagnostic::Severity;
+use crate::config::directory::{self, Found, Trust};
+use crate::config::{definition, settings};
 use crate::model::limits;
 use crate::model::workflow::Definition;
 use crate::os::cgroup::{self, Cgroup};
@@ -34,7 +35,7 @@ const BROKEN: u8 = 65;
 const IN_SCOPE: &str = "NERVE_TRY_SCOPE";
 
 /// Executes a definition to the end of one run, shows its rounds, and exits with the run's exit code.
-pub(super) async fn try_out(arguments: &Try) -> Result<u8, Failure> {
+pub(super) async fn try_out(settings: &Settings, arguments: &Try) -> Result<u8, Failure> {
     let (name, bytes) = input::definition(&arguments.file)?;
     let prompt = input::prompt(&arguments.prompt)?;
     let stem = arguments
@@ -54,12 +55,21 @@ pub(super) async fn try_out(arguments: &Try) -> Result<u8, Failure> {
     };
     let mut interrupts = interrupts()?;
     let place = Place::new()?;
-    let run = json!({
+    let known = known(settings, &arguments.file);
+    let max_rounds = arguments
+        .max_rounds
+        .or(definition.workflow.max_rounds)
+        .or(known.max_rounds);
+    let mut run = json!({
         "type": "start-thread", "runId": Uuid::now_v7().simple().to_string(), "attempt": 1, "prompt": prompt,
-        "maxRounds": arguments.max_rounds.or(definition.workflow.max_rounds).unwrap_or(limits::DEFAULT_MAX_ROUNDS),
+        "maxRounds": max_rounds.unwrap_or(limits::DEFAULT_MAX_ROUNDS),
         "dryRun": arguments.dry_run, "createdAt": now(), "trigger": {"type": "try"}, "workflow": definition.source,
         "timeoutMs": definition.workflow.timeout.map(|timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),
     });
+    let tools = json!(known.tools.of(&definition.workflow));
+    if let (Some(run), Value::Object(tools)) = (run.as_object_mut(), tools) {
+        run.extend(tools);
+    }
     let ended = place.execute(&definition, run, &mut interrupts).await;
     place.clear().await;
     let (code, result) = ended?;
@@ -67,6 +77,29 @@ pub(super) async fn try_out(arguments: &Try) -> Result<u8, Failure> {
         note(&format!("the run ended {code}: {}", line(&result)));
     }
     Ok(code)
+}
+
+/// nerve's settings, and those of the workspace that the file is in: what it may use once it is installed.
+fn known(settings: &Settings, file: &Path) -> settings::Settings {
+    let known = settings::load(&settings.engine, Trust::Anyone).settings;
+    let file = std::path::absolute(file).unwrap_or_default();
+    let folder = file.parent().filter(|folder| folder.ends_with("workflows"));
+    let own = folder.map(|folder| folder.with_file_name("nerve.yaml"));
+    match own.map(|own| {
+        (
+            own.display().to_string(),
+            directory::read(&own, Trust::Anyone),
+        )
+    }) {
+        Some((path, Found::Bytes(bytes))) => {
+            let (own, faults) = settings::parse(&path, &bytes);
+            for fault in &faults {
+                note(&fault.to_string());
+            }
+            known.beaten_by(own.unwrap_or_default())
+        }
+        _ => known,
+    }
 }
 
 /// What nerved would say to the worker, and be told.

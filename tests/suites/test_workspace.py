@@ -150,7 +150,7 @@ class Try(Case):
         thread = ctl("thread", run).stdout
         self.assertIn('"content": "one"', thread)
         self.assertIn("--- round 0: start", thread[thread.index("round 3: third"):])
-        self.assertIn("nervectl thread RUN", ctl("thread", check=65).stderr)
+        self.assertIn("nervectl thread RUN", ctl("thread", check=64).stderr)
 
 
 class Terminal(Case):
