@@ -232,10 +232,7 @@ impl<'n> Conversion<'n> {
             for (line, what) in translated.left {
                 // The lines of a block begin below its key.
                 let is_block = matches!(node.content, Content::Text { literal: true, .. });
-                let place = Place {
-                    line: node.place.line + usize::from(is_block) + line,
-                    column: 1,
-                };
+                let place = Place::at(node.place.line + usize::from(is_block) + line, 1);
                 reader.warning(
                     place,
                     format!("{what} cannot be said in a prompt of nerve, and stays as text"),

@@ -25,8 +25,8 @@ mod start;
 mod store;
 mod text;
 mod thread;
-mod validate;
 mod trial;
+mod validate;
 mod verbs;
 mod wait;
 
