@@ -4,19 +4,30 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use nerve::model::name::WorkflowName;
-use nerve::worker::stock;
+use nerve::worker::{llm, own, stock};
 
 /// Executes the runs of one workflow. It is started by nerved: `nervectl workflow start NAME`.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
     /// The workflow.
-    workflow: WorkflowName,
+    #[arg(required_unless_present = "llm")]
+    workflow: Option<WorkflowName>,
+    /// Make the one call of an LLM that stdin describes: what the worker starts for an `llm` role.
+    #[arg(long, hide = true, conflicts_with = "workflow")]
+    llm: bool,
 }
 
 fn main() -> ExitCode {
-    let Arguments { workflow } = Arguments::parse();
+    let Some(workflow) = Arguments::parse().workflow else {
+        return llm::run(std::io::stdin().lock(), std::io::stdout().lock());
+    };
     nerve::os::log::init("nerve-worker");
+    if let Ok(argv) = std::env::var(own::EXEC) {
+        let error = own::become_program(&argv);
+        tracing::error!("failed to become the worker of {workflow}: {error}");
+        return ExitCode::from(own::EXEC_FAILED);
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();

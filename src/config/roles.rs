@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 
 use super::diagnostic::{nearest, quoted};
 use super::host::HostCheck;
-use super::meta;
+use super::meta::Checker;
 use super::reader::{Fields, Reader};
 use super::template;
 use super::unit_settings;
@@ -239,8 +239,11 @@ fn list<'n>(
 fn meta_of(reader: &mut Reader, node: &Node, subject: &str) -> Option<Meta> {
     reader.entries(node, subject)?;
     let schema = to_json(node);
-    match meta::statuses(&schema) {
-        Ok(statuses) => Some(Meta { schema, statuses }),
+    match Checker::new(&schema) {
+        Ok(checker) => Some(Meta {
+            statuses: checker.statuses().to_vec(),
+            schema,
+        }),
         Err(error) => {
             let help = "write a JSON Schema of an object, such as {properties: {status: {enum: [done, again]}}, required: [status]}";
             reader.error_help(node.place, format!("{subject}: {error}"), help);

@@ -1,5 +1,6 @@
 //! Starts, the queue and the slots, the pause. A slot is a live run: there is no counter that could leak.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Answer, Engine, Event, Open, Staged, Ticket, Touched, Workflow};
@@ -8,7 +9,7 @@ use crate::model::name::{RunId, WorkflowName};
 use crate::model::run::{Accepted, Illegal, Run, RunEvent};
 use crate::model::status::RunResult;
 use crate::model::worker::ManagerEvent;
-use crate::model::workflow::{OnFull, Overflow};
+use crate::model::workflow::{Definition, OnFull, Overflow};
 
 impl Engine {
     pub(super) fn start(
@@ -124,9 +125,18 @@ impl Engine {
                 && self.pause.is_none()
                 && self.going_down_until.is_none()
                 && !workflow.is_draining()
+                && self.is_of_one_kind(workflow)
                 && workflow.may_start()
                 && !self.is_scarce
         })
+    }
+
+    /// Whether the runs that have a slot want the worker, nerve's or their own, that the next one wants.
+    fn is_of_one_kind(&self, workflow: &Workflow) -> bool {
+        let exec = |definition: &Arc<Definition>| definition.workflow.worker.exec.clone();
+        let wanted = workflow.known.definition.as_ref().map(exec);
+        let mut live = workflow.live.values().filter_map(|id| self.open.get(id));
+        live.all(|open| open.definition.as_ref().map(exec) == wanted)
     }
 
     fn admit_one(&mut self, name: &WorkflowName) -> Result<(), Illegal> {

@@ -4,7 +4,7 @@ use super::admission::micros;
 use super::{Action, Cgroup, Dispatch, Engine, Held, LinkId, Open};
 use crate::model::limits;
 use crate::model::name::{RunId, WorkflowName};
-use crate::model::run::{Illegal, RunEvent};
+use crate::model::run::{Failed, Illegal, RunEvent};
 
 impl Engine {
     /// Sends the worker every run that it should have and has not. A run that an earlier invocation had waits until
@@ -19,6 +19,7 @@ impl Engine {
         };
         // What it has been given already it may be sent again: the frame may never have left.
         let is_closed = !workflow.may_start() || workflow.is_drained_by(&place.invocation);
+        let settings = workflow.worker.settings().cloned();
         let live: Vec<_> = workflow.live.values().copied().collect();
         let is = |id: &RunId, what: fn(&Open) -> bool| self.open.get(id).is_some_and(what);
         let suspect = live.iter().find(|id| is(id, Open::is_suspect)).copied();
@@ -34,7 +35,8 @@ impl Engine {
             let is_here = open.place() == Some(&place);
             let is_lost = open.run.started().is_some_and(|started| started.is_lost);
             let is_elsewhere = open.place().is_some() && (!is_here || is_lost);
-            if is_closed && !open.is_with(&place.invocation)
+            let is_unwelcome = is_closed || open.wants_other_than(settings.as_ref());
+            if is_unwelcome && !open.is_with(&place.invocation)
                 || open.is_held()
                 || open.is_finishing()
                 || open.run.is_aborting()
@@ -57,7 +59,7 @@ impl Engine {
     }
 
     fn send(&mut self, id: RunId, link: LinkId) {
-        let now = self.now.boot_us;
+        let (now, wall_us, instant) = (self.now.boot_us, self.now.wall_us, self.instant());
         let Some(open) = self.open.get_mut(&id) else {
             return;
         };
@@ -65,6 +67,7 @@ impl Engine {
             return;
         };
         let slack = micros(limits::TIMEOUT_SLACK);
+        let wait = |failed: &Failed| failed.wait_us(wall_us, &instant);
         let dispatch = Dispatch {
             run: id,
             attempt: started.attempt,
@@ -74,6 +77,11 @@ impl Engine {
             timeout_us: open
                 .timeout_at
                 .map(|at| at.saturating_sub(slack).saturating_sub(now)),
+            failed: started
+                .failed
+                .as_deref()
+                .map(|failed| (failed.attempts, wait(failed))),
+            route: started.position.route.clone(),
             definition,
         };
         open.held = Held::Works;

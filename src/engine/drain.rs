@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use super::admission::micros;
 use super::{Action, Answer, Engine, Known, Order, Ticket, Touched, UnitState, Workflow};
 use crate::model::limits;
-use crate::model::name::WorkflowName;
+use crate::model::name::{RunId, WorkflowName};
 use crate::model::run::{BootInstant, Caller, Illegal};
 use crate::model::status::RunResult;
 use crate::model::worker::WorkerEvent;
@@ -146,7 +146,15 @@ impl Engine {
         };
         // Somebody who drains this worker wants it gone, though runs may wait for the next one.
         let is_asked = workflow.is_drained_by(&current.invocation);
-        let has_runs = if is_asked {
+        let wants_other = |id: &RunId| {
+            let open = self.open.get(id);
+            open.is_some_and(|open| {
+                !open.is_with(&current.invocation)
+                    && open.wants_other_than(current.settings.as_ref())
+            })
+        };
+        let is_wrong = workflow.live.values().any(wants_other);
+        let has_runs = if is_asked || is_wrong {
             let is_with = |id| {
                 let open = self.open.get(id);
                 open.is_some_and(|open| open.is_held() || open.is_with(&current.invocation))
@@ -155,7 +163,7 @@ impl Engine {
         } else {
             !workflow.live.is_empty()
         };
-        let is_unwanted = workflow.is_draining() || !workflow.may_start();
+        let is_unwanted = is_wrong || workflow.is_draining() || !workflow.may_start();
         let idle_since = (!has_runs).then(|| current.idle_since.unwrap_or(now));
         let is_over = idle_since.is_some_and(|since| {
             is_unwanted || since.saturating_add(micros(limits::WORKER_IDLE)) <= now

@@ -4,8 +4,7 @@
 use super::admission::micros;
 use super::{Action, Answer, Cgroup, Engine, Held, LinkId, Order, Ticket, Touched};
 use crate::model::limits;
-use crate::model::message::Message;
-use crate::model::moderator::{self, Next};
+use crate::model::moderator;
 use crate::model::name::RunId;
 use crate::model::run::{AbortRequest, Illegal, KillRequest, RunEvent};
 use crate::model::status::RunResult;
@@ -114,6 +113,34 @@ impl Engine {
         }
     }
 
+    /// Its worker has not confirmed its end in time, so nerved sees to it. One that is not nerve's own keeps the
+    /// processes of its runs where it likes, so all of its unit is killed; its other runs are resumed.
+    fn empty_by_force(&mut self, id: RunId) {
+        let Some(open) = self.open.get_mut(&id) else {
+            return;
+        };
+        let place = open.place().cloned().filter(|_| !open.is_nowhere());
+        let (Some(place), true) = (place, open.has_own_worker()) else {
+            return self.empty(id);
+        };
+        open.kill_at = None;
+        open.cgroup = Cgroup::Emptying;
+        let workflow = open.run.workflow.clone();
+        let current = &mut self.workflow(&workflow).worker.current;
+        if let Some(current) = current
+            .as_mut()
+            .filter(|current| current.invocation == place.invocation)
+        {
+            // It is to blame for that, and its other runs are not.
+            current.killed_for = Some(Cause::Stopped);
+        }
+        self.act(Action::EmptyUnit {
+            run: id,
+            workflow,
+            cgroup: place.cgroup,
+        });
+    }
+
     /// The run will end so once its cgroup is empty. A worker that has it must begin no other round meanwhile, and so is
     /// told first.
     pub(super) fn end(
@@ -190,67 +217,11 @@ impl Engine {
         Ok(())
     }
 
-    pub(super) fn message(
-        &mut self,
-        link: LinkId,
-        id: RunId,
-        round: u32,
-        message: Message,
-    ) -> Result<Touched, Illegal> {
-        let Some(open) = self.held(link, id) else {
-            self.disown(link, id);
-            return Ok(Touched::Nothing);
-        };
-        if open.is_finishing() || open.held == Held::Reported {
-            return Ok(Touched::Nothing);
-        }
-        let done = open.run.position().rounds;
-        if round == done && open.run.is_aborting() {
-            // It was at a boundary when the connection broke, and waits for the acknowledgement.
-            self.start_kill(id, 0);
-            return Ok(Touched::Nothing);
-        }
-        if round <= done {
-            self.tell(link, Order::MessageAck { run: id, round });
-            return Ok(Touched::Nothing);
-        }
-        let expected = open.definition.as_ref().map(|definition| {
-            moderator::next(
-                &definition.workflow,
-                open.run.round_limit(),
-                open.run.position(),
-            )
-        });
-        let speaks = matches!(&expected, Some(Next::Role(role)) if role.as_str() == message.role);
-        if round != done + 1 || !speaks {
-            let error = format!(
-                "round {round} of run {id} by {:?} is not what comes next: {expected:?}",
-                message.role
-            );
-            self.act(Action::Refuse { link, error });
-            return Ok(Touched::Nothing);
-        }
-        let name = open.run.workflow.clone();
-        let (is_aborting, was_suspect) = (open.run.is_aborting(), open.is_suspect());
-        self.record(id, RunEvent::ThreadWorkflowMessage { round, message })?;
-        if is_aborting {
-            // Not acknowledged: the next round must not begin.
-            self.start_kill(id, 0);
-        } else {
-            self.tell(link, Order::MessageAck { run: id, round });
-        }
-        Ok(if was_suspect {
-            Touched::Workflow(name)
-        } else {
-            Touched::Nothing
-        })
-    }
-
     pub(super) fn worker_ended(
         &mut self,
         link: LinkId,
         id: RunId,
-        result: RunResult,
+        (result, detail): (RunResult, Option<String>),
         is_empty: bool,
     ) -> Result<Touched, Illegal> {
         let Some(open) = self.held(link, id) else {
@@ -261,10 +232,8 @@ impl Engine {
         let name = open.run.workflow.clone();
         if open.run.asked().is_none() {
             let moderated = open.definition.as_ref().is_some_and(|definition| {
-                let workflow = &definition.workflow;
-                let next = moderator::next(workflow, open.run.round_limit(), open.run.position());
-                next == Next::End(result.clone())
-                    || result == RunResult::Timeout && workflow.timeout.is_some()
+                let (workflow, position) = (&definition.workflow, open.run.position());
+                moderator::may_end(workflow, open.run.round_limit(), position, &result)
             });
             let is_unasked = !moderated && open.ending.is_none();
             if is_unasked && open.is_inherited && result == RunResult::Killed {
@@ -284,7 +253,8 @@ impl Engine {
         }
         if let Some(open) = self.open.get_mut(&id) {
             open.held = Held::Reported;
-            open.ending.get_or_insert_with(|| Box::new((result, None)));
+            open.ending
+                .get_or_insert_with(|| Box::new((result, detail)));
         }
         if is_empty {
             self.finish(id)?;
@@ -301,7 +271,7 @@ impl Engine {
     }
 
     /// The run, if this link's worker has it.
-    fn held(&self, link: LinkId, id: RunId) -> Option<&super::Open> {
+    pub(super) fn held(&self, link: LinkId, id: RunId) -> Option<&super::Open> {
         self.open.get(&id).filter(|open| {
             let workflow = self.workflows.get(&open.run.workflow);
             open.is_held() && workflow.and_then(|workflow| workflow.worker.link()) == Some(link)
@@ -326,7 +296,7 @@ impl Engine {
                     open.timeout_at = None;
                     self.end(id, RunResult::Timeout, None)?;
                 } else if kill {
-                    self.empty(id);
+                    self.empty_by_force(id);
                 }
             }
             self.worker_deadlines(&name);

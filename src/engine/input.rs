@@ -8,7 +8,7 @@ use crate::model::message::Message;
 use crate::model::name::{RunId, WorkflowName};
 use crate::model::run::{AbortRequest, Accepted, Caller, KillRequest, Place};
 use crate::model::status::RunResult;
-use crate::model::workflow::Definition;
+use crate::model::workflow::{Definition, Target};
 
 /// When an input arrived.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,11 +100,29 @@ pub enum Input {
         round: u32,
         message: Message,
     },
+    /// An attempt of a round failed, and its worker tries it again after the delay.
+    Attempt {
+        link: LinkId,
+        run: RunId,
+        round: u32,
+        attempt: u32,
+        message: Message,
+        delay_us: u64,
+    },
+    /// A workflow's moderator said who speaks in a round.
+    Routed {
+        link: LinkId,
+        run: RunId,
+        round: u32,
+        target: Target,
+    },
     /// A worker finished a run; `is_empty`: its cgroup was seen to be empty.
     Ended {
         link: LinkId,
         run: RunId,
         result: RunResult,
+        /// What more it has to say of that.
+        detail: Option<String>,
         is_empty: bool,
     },
     /// A worker's connection is gone.

@@ -11,6 +11,7 @@
 //! - `death`: who died, and what that means
 //! - `dispatch`: which runs a worker is sent, and whether there has to be one
 //! - `drain`: workers that are to be replaced, definitions that change
+//! - `rounds`: what workers say of the rounds of their runs
 //! - `ending`: ends, kills, aborts, time-outs: everything that goes through an empty cgroup
 //! - `recovery`: the engine that a store's open runs add up to
 
@@ -21,6 +22,7 @@ mod drain;
 mod ending;
 mod input;
 mod recovery;
+mod rounds;
 #[cfg(test)]
 mod simulation;
 #[cfg(test)]
@@ -172,6 +174,22 @@ impl Open {
         self.run.started()?.place.as_ref()
     }
 
+    /// Its worker is a program of the user's own.
+    fn has_own_worker(&self) -> bool {
+        let definition = self.definition.as_ref();
+        definition.is_some_and(|definition| !definition.workflow.worker.exec.is_empty())
+    }
+
+    /// Whether it wants another program for a worker than the one that was started with settings of this digest.
+    fn wants_other_than(&self, settings: Option<&String>) -> bool {
+        let definition = self.definition.as_ref();
+        definition
+            .zip(settings)
+            .is_some_and(|(definition, settings)| {
+                !definition.workflow.worker.has_program_of(settings)
+            })
+    }
+
     /// It waits for nothing but its end.
     fn is_finishing(&self) -> bool {
         self.ending.is_some() || self.run.is_killing()
@@ -278,12 +296,27 @@ impl Engine {
                 round,
                 message,
             } => self.message(link, run, round, message),
+            Input::Attempt {
+                link,
+                run,
+                round,
+                attempt,
+                message,
+                delay_us,
+            } => self.attempt_failed(link, run, round, attempt, message, delay_us),
+            Input::Routed {
+                link,
+                run,
+                round,
+                target,
+            } => self.routed(link, run, round, target),
             Input::Ended {
                 link,
                 run,
                 result,
+                detail,
                 is_empty,
-            } => self.worker_ended(link, run, result, is_empty),
+            } => self.worker_ended(link, run, (result, detail), is_empty),
             Input::LinkLost { link } => Ok(self.link_lost(link)),
             Input::Unit { workflow, unit } => {
                 self.unit(&workflow, &unit)?;

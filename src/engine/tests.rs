@@ -335,6 +335,7 @@ impl World {
             link,
             run,
             result,
+            detail: None,
             is_empty,
         })
     }

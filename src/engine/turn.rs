@@ -8,7 +8,7 @@ use crate::model::name::{RunId, WorkflowName};
 use crate::model::run::{Run, RunEvent};
 use crate::model::status::RunResult;
 use crate::model::worker::{ManagerEvent, Pause, WorkerEvent, WorkerRecord};
-use crate::model::workflow::{Definition, WorkerSettings};
+use crate::model::workflow::{Definition, Target, WorkerSettings};
 
 /// Something to do, once the turn is committed. Doing it twice is harmless.
 #[derive(Debug, Clone)]
@@ -39,6 +39,13 @@ pub enum Action {
     Fence { link: LinkId, error: String },
     /// Kill what is left in this cgroup and report [`Input::Emptied`] once it is empty.
     Empty { run: RunId, cgroup: String },
+    /// Kill all processes of a worker unit, and report [`Input::Emptied`] of this run once they are gone; systemd starts
+    /// the unit anew.
+    EmptyUnit {
+        run: RunId,
+        workflow: WorkflowName,
+        cgroup: String,
+    },
 }
 
 /// What a client is told.
@@ -71,10 +78,30 @@ pub enum Answer {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Order {
     Welcome,
-    KillThread { run: RunId, grace_us: u64 },
-    AbortThread { run: RunId, reason: Option<String> },
-    MessageAck { run: RunId, round: u32 },
-    EventAck { run: RunId },
+    KillThread {
+        run: RunId,
+        grace_us: u64,
+    },
+    AbortThread {
+        run: RunId,
+        reason: Option<String>,
+    },
+    MessageAck {
+        run: RunId,
+        round: u32,
+    },
+    AttemptAck {
+        run: RunId,
+        round: u32,
+        attempt: u32,
+    },
+    RouteAck {
+        run: RunId,
+        round: u32,
+    },
+    EventAck {
+        run: RunId,
+    },
     Shutdown,
 }
 
@@ -89,6 +116,10 @@ pub struct Dispatch {
     pub dry_run: bool,
     /// What is left of the run's time-out.
     pub timeout_us: Option<u64>,
+    /// How many attempts of the next round failed, and what is left of the pause before the next one.
+    pub failed: Option<(u32, u64)>,
+    /// What the moderator said of the next round.
+    pub route: Option<Target>,
     pub definition: Arc<Definition>,
 }
 

@@ -31,7 +31,7 @@ use crate::model::run::{Run, RunEvent};
 use crate::model::tools::Tools;
 use crate::os::clock;
 use crate::store::{self, Store};
-use crate::worker::protocol::{Assignment, ToWorker, VERSION};
+use crate::worker::protocol::{Assignment, FailedAttempts, Route, ToWorker, VERSION};
 
 /// Most inputs of one turn: a turn is one transaction, and its clients wait for all of it.
 const TURN: usize = 256;
@@ -359,6 +359,11 @@ impl Driver {
                     }
                 }
                 Action::Empty { run, cgroup } => self.hands.empty(run, cgroup),
+                Action::EmptyUnit {
+                    run,
+                    workflow,
+                    cgroup,
+                } => self.hands.empty_unit(run, &workflow, cgroup),
             }
         }
         damaged
@@ -393,6 +398,19 @@ impl Driver {
                 reason,
             },
             (Order::MessageAck { run, round }, _) => ToWorker::MessageAck { run_id: run, round },
+            (
+                Order::AttemptAck {
+                    run,
+                    round,
+                    attempt,
+                },
+                _,
+            ) => ToWorker::AttemptAck {
+                run_id: run,
+                round,
+                attempt,
+            },
+            (Order::RouteAck { run, round }, _) => ToWorker::RouteAck { run_id: run, round },
             (Order::EventAck { run }, _) => ToWorker::EventAck { run_id: run },
             (Order::Shutdown, _) => ToWorker::Shutdown { timeout_ms: 0 },
         }]
@@ -441,6 +459,8 @@ fn news(turn: &Turn) -> Vec<News> {
                 _,
                 RunEvent::Dispatched { .. }
                 | RunEvent::ThreadWorkflowMessage { .. }
+                | RunEvent::AttemptFailed { .. }
+                | RunEvent::Routed { .. }
                 | RunEvent::WorkerLost { .. },
             )
             | engine::Event::Worker(..)
@@ -497,6 +517,15 @@ fn assignment(dispatch: &Dispatch, tools: Tools, thread: Vec<Message>) -> Vec<To
         timeout_ms: dispatch.timeout_us.map(|us| us / 1_000),
         workflow: dispatch.definition.source.clone(),
         tools,
+        failed: dispatch.failed.map(|(attempts, wait_us)| FailedAttempts {
+            round: dispatch.rounds + 1,
+            attempts,
+            wait_ms: wait_us.div_ceil(1_000),
+        }),
+        route: dispatch.route.clone().map(|target| Route {
+            round: dispatch.rounds + 1,
+            target,
+        }),
     };
     if dispatch.attempt == 1 && dispatch.rounds == 0 {
         return vec![ToWorker::StartThread(assignment)];

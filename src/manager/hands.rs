@@ -108,6 +108,25 @@ impl Hands {
         });
     }
 
+    /// Kills every process of a worker unit, and tells when they are gone; what systemd starts then in the same place is
+    /// let alone.
+    pub(super) fn empty_unit(&self, run: RunId, workflow: &WorkflowName, path: String) {
+        let (handle, unit) = (self.handle.clone(), workflow.unit());
+        tracing::warn!(run_id = %run, "killing {unit}, which has not ended run {run}");
+        tokio::spawn(async move {
+            let cgroup = Cgroup::at(&path);
+            // It is watched before it is killed: the end of what is in it now must not be missed.
+            while let (emptied, killed) =
+                tokio::join!(cgroup.emptied(), blocking(&cgroup, Cgroup::kill))
+                && let Err(error) = killed.and(emptied)
+            {
+                tracing::error!(run_id = %run, %error, "failed to kill {unit}");
+                tokio::time::sleep(STUBBORN).await;
+            }
+            handle.report(Input::Emptied { run }).await;
+        });
+    }
+
     /// Has systemd forget that a worker unit failed, and how often it was started.
     pub(super) fn reset_unit(&self, workflow: WorkflowName) {
         let Some(systemd) = self.world.systemd.borrow().clone() else {

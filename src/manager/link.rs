@@ -230,6 +230,12 @@ enum Breach {
     ReadyTwice,
 }
 
+/// What a worker says of an end, as long as what a person says of it may be.
+fn shortened(mut detail: String) -> String {
+    detail.truncate(detail.floor_char_boundary(limits::REASON_BYTES));
+    detail
+}
+
 async fn converse(
     id: LinkId,
     stream: OwnedReadHalf,
@@ -240,6 +246,7 @@ async fn converse(
     handle: &Handle,
 ) -> Result<(), Breach> {
     let (mut reader, mut line) = (BufReader::new(stream), Vec::new());
+    let complaints = Complaints::default();
     let first = tokio::time::timeout(
         limits::READY_TIMEOUT,
         protocol::read(&mut reader, &mut line),
@@ -274,6 +281,12 @@ async fn converse(
                 run_id,
                 round,
                 message,
+            }
+            | ToManager::ThreadAttempt {
+                run_id,
+                round,
+                message,
+                ..
             } if message.content.len() > limits::REPLY_BYTES => {
                 return Err(Breach::TooLarge(run_id, round, message.content.len()));
             }
@@ -287,11 +300,39 @@ async fn converse(
                 round,
                 message,
             },
+            ToManager::ThreadAttempt {
+                run_id,
+                round,
+                attempt,
+                message,
+                delay_ms,
+            } => {
+                let longest = u64::try_from(limits::BACKOFF.as_millis()).unwrap_or(u64::MAX);
+                Input::Attempt {
+                    link: id,
+                    run: run_id,
+                    round,
+                    attempt,
+                    message,
+                    delay_us: delay_ms.min(longest) * 1_000,
+                }
+            }
+            ToManager::ThreadRoute {
+                run_id,
+                round,
+                target,
+            } => Input::Routed {
+                link: id,
+                run: run_id,
+                round,
+                target,
+            },
             ToManager::ThreadEvent {
                 run_id,
                 event_type,
                 exit_code,
                 result,
+                detail,
             } => {
                 let (status, code) = result.end();
                 let said = match event_type {
@@ -310,11 +351,14 @@ async fn converse(
                     link: id,
                     run: run_id,
                     result,
+                    detail: detail.map(shortened),
                     is_empty,
                 }
             }
             ToManager::Error { error } => {
-                tracing::warn!(workflow = %workflow, "worker says: {:.1000}", error.escape_debug().to_string());
+                if let Some(before) = complaints.admit() {
+                    tracing::warn!(workflow = %workflow, before, "worker says: {:.1000}", error.escape_debug().to_string());
+                }
                 continue;
             }
             ToManager::Ready { .. } => return Err(Breach::ReadyTwice),

@@ -112,7 +112,9 @@ impl Room {
         let text = |event: &Event| {
             let text = match event {
                 Event::Change(Change::Start { accepted, .. }, _) => &accepted.prompt,
-                Event::Input(Input::Message { message, .. }) => &message.content,
+                Event::Input(Input::Message { message, .. } | Input::Attempt { message, .. }) => {
+                    &message.content
+                }
                 _ => return None,
             };
             (text.len() > limits::INLINE_BYTES).then(|| text.clone())
@@ -165,12 +167,20 @@ impl Room {
                     _ => Some(Event::Change(Change::Start { run, accepted }, reply)),
                 }
             }
-            Event::Input(Input::Message {
-                link,
-                run,
-                ref message,
-                ..
-            }) if is_refused
+            Event::Input(
+                Input::Message {
+                    link,
+                    run,
+                    ref message,
+                    ..
+                }
+                | Input::Attempt {
+                    link,
+                    run,
+                    ref message,
+                    ..
+                },
+            ) if is_refused
                 || self.is_too_long(message.content.len())
                 || self.held_back.contains(&(link, run)) =>
             {

@@ -24,12 +24,28 @@ pub const ROOM_BYTES: u64 = 16 * 1024 * 1024;
 pub const STDERR_TAIL_BYTES: usize = 8 * 1024;
 /// Longest journal line that the worker sends on; a longer line is split.
 pub const JOURNAL_LINE_BYTES: usize = 8 * 1024;
+/// Largest JSON Schema of a role's meta, and largest meta of a reply…
+pub const META_BYTES: usize = 64 * 1024;
+/// …and how deep they may be.
+pub const META_DEPTH: usize = 32;
+/// Longest status of a round.
+pub const STATUS_BYTES: usize = 64;
+/// Largest answer of an LLM's server that comes whole.
+pub const LLM_BODY_BYTES: u64 = 8 * 1024 * 1024;
+/// Largest answer that comes piece by piece: around each token there are some hundred bytes.
+pub const LLM_STREAM_BYTES: u64 = 64 * 1024 * 1024;
+/// What is quoted of an LLM's server that answers with an error.
+pub const LLM_ERROR_CHARS: usize = 512;
+/// An LLM's server is connected to within this time.
+pub const LLM_CONNECT: Duration = Duration::from_secs(10);
 /// Longest reason that a person gives.
 pub const REASON_BYTES: usize = 1024;
 /// Most roles in a workflow.
 pub const ROLES: usize = 64;
 /// Most attempts of a round.
 pub const ATTEMPTS: u32 = 100;
+/// Most attempts of a round that fail: each may be followed by its corrections, which are attempts of their own.
+pub const FAILED_ATTEMPTS: u32 = ATTEMPTS * (1 + CORRECTIONS);
 /// Longest pause between two attempts.
 pub const BACKOFF: Duration = Duration::from_secs(86_400);
 /// Most correction turns of an attempt.
@@ -38,6 +54,16 @@ pub const CORRECTIONS: u32 = 2;
 pub const LLM_TIMEOUT: Duration = Duration::from_secs(600);
 /// Largest `max_tokens`.
 pub const MAX_TOKENS: u32 = 100_000_000;
+/// Largest output of an agent CLI, its events included, of which the reply is a part.
+pub const AGENT_OUTPUT_BYTES: usize = 32 * 1024 * 1024;
+/// Largest figure of what an agent CLI says of its usage.
+pub const USAGE_BYTES: usize = 4 * 1024;
+/// Largest word of an argv: MAX_ARG_STRLEN of Linux, and the NUL behind it.
+pub const ARGUMENT_BYTES: usize = 128 * 1024 - 1;
+/// What is kept of a prompt in a dry run.
+pub const REHEARSED_PROMPT_BYTES: usize = 64 * 1024;
+/// A server that asks for a longer pause is asked again after this one.
+pub const RETRY_AFTER: Duration = Duration::from_secs(3_600);
 /// Longest name of a provider, an agent or a credential.
 pub const SETTING_NAME_BYTES: usize = 64;
 /// Largest `max_rounds`.

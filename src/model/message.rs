@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 
 use super::name::RoleName;
 use super::status::RunResult;
+use super::workflow::Target;
 
 /// Status of a round whose first process exited 0.
 pub const OK: &str = "ok";
@@ -49,6 +50,8 @@ pub struct Position {
     pub rounds: u32,
     /// The newest round, if there is one.
     pub last: Option<LastRound>,
+    /// What the workflow's moderator said of the next one, if it has been asked.
+    pub route: Option<Target>,
 }
 
 /// The newest round of a thread.
@@ -73,6 +76,7 @@ impl Position {
                 status: message.status().to_owned(),
                 result: message.result(),
             }),
+            route: None,
         })
     }
 }

@@ -3,7 +3,7 @@
 
 use super::message::{ERROR, Position};
 use super::name::RoleName;
-use super::status::RunResult;
+use super::status::{RunResult, Status};
 use super::workflow::{Routing, Target, Workflow};
 
 /// What comes next in a run.
@@ -11,8 +11,30 @@ use super::workflow::{Routing, Target, Workflow};
 pub enum Next {
     /// This role speaks.
     Role(RoleName),
+    /// The workflow's own moderator says it, and has not been asked.
+    Ask,
+    /// Whatever the workflow's own worker likes.
+    Any,
     /// The run ends so.
     End(RunResult),
+}
+
+/// Whether a worker may say that a run ends so, when nobody asked for its end.
+#[must_use]
+pub fn may_end(
+    workflow: &Workflow,
+    max_rounds: u32,
+    position: &Position,
+    result: &RunResult,
+) -> bool {
+    match (next(workflow, max_rounds, position), result) {
+        (_, RunResult::Timeout) => workflow.timeout.is_some(),
+        (Next::End(end), _) => end == *result,
+        (Next::Ask, _) => *result == RunResult::BadRoute,
+        (Next::Any, RunResult::BadRoute) => false,
+        (Next::Any, _) => matches!(result.end().0, Status::Completed | Status::Failed),
+        (Next::Role(_), _) => false,
+    }
 }
 
 /// Routes one step.
@@ -21,7 +43,9 @@ pub fn next(workflow: &Workflow, max_rounds: u32, position: &Position) -> Next {
     let target = match (&workflow.routing, &position.last) {
         (Routing::Graph(graph), None) => Some(&graph.start),
         (Routing::Graph(graph), Some(last)) => graph.route(&last.role, &last.status),
-        (Routing::Moderator(_) | Routing::Worker, _) => None,
+        (Routing::Moderator(_), _) if position.route.is_none() => return Next::Ask,
+        (Routing::Moderator(_), _) => position.route.as_ref(),
+        (Routing::Worker, _) => return Next::Any,
     };
     match (target, &position.last) {
         (Some(Target::End), _) => Next::End(RunResult::Success),

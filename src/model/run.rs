@@ -12,6 +12,7 @@ use super::message::{Message, Position};
 use super::name::{RoleName, RunId, WorkflowName};
 use super::status::{RunResult, Status};
 use super::worker::Death;
+use super::workflow::Target;
 
 /// The sha256 of a definition's bytes, as 64 hex digits.
 pub type Digest = String;
@@ -161,6 +162,26 @@ pub enum RunEvent {
         /// What it produced.
         message: Message,
     },
+    /// An attempt of the next round failed, and another one follows; the thread does not know it.
+    AttemptFailed {
+        /// Of which round.
+        round: u32,
+        /// Numbered from 1.
+        attempt: u32,
+        /// What it produced.
+        message: Message,
+        /// How long the next attempt waits, in µs.
+        delay_us: u64,
+        /// From when on, on a clock that never jumps.
+        since: BootInstant,
+    },
+    /// The workflow's moderator said what comes next.
+    Routed {
+        /// In which round.
+        round: u32,
+        /// Who speaks in it, or that there is none.
+        target: Target,
+    },
     /// Its worker died under it.
     WorkerLost {
         /// Which invocation.
@@ -267,7 +288,9 @@ impl RunEvent {
         match self {
             Self::Queued(accepted) => Some(&accepted.prompt),
             Self::Imported(imported) => Some(&imported.prompt),
-            Self::ThreadWorkflowMessage { message, .. } => Some(&message.content),
+            Self::ThreadWorkflowMessage { message, .. } | Self::AttemptFailed { message, .. } => {
+                Some(&message.content)
+            }
             _ => None,
         }
     }
@@ -277,7 +300,9 @@ impl RunEvent {
         match self {
             Self::Queued(accepted) => Some(&mut accepted.prompt),
             Self::Imported(imported) => Some(&mut imported.prompt),
-            Self::ThreadWorkflowMessage { message, .. } => Some(&mut message.content),
+            Self::ThreadWorkflowMessage { message, .. } | Self::AttemptFailed { message, .. } => {
+                Some(&mut message.content)
+            }
             _ => None,
         }
     }
@@ -290,6 +315,8 @@ impl RunEvent {
             Self::Started { .. } => "started",
             Self::Dispatched { .. } => "dispatched",
             Self::ThreadWorkflowMessage { .. } => Self::MESSAGE,
+            Self::AttemptFailed { .. } => "attempt-failed",
+            Self::Routed { .. } => "routed",
             Self::WorkerLost { .. } => "worker-lost",
             Self::KillRequested(_) => Self::KILL,
             Self::AbortRequested(_) => Self::ABORT,
@@ -350,6 +377,7 @@ struct Ended {
 static AT_THE_START: Position = Position {
     rounds: 0,
     last: None,
+    route: None,
 };
 
 /// What is known of a run since it left the queue.
@@ -363,6 +391,8 @@ pub struct Started {
     pub definition: Digest,
     /// Where its thread stands.
     pub position: Position,
+    /// The attempts of the next round that failed, if any did.
+    pub failed: Option<Box<Failed>>,
     /// Where it is executed, once a worker has it.
     pub place: Option<Place>,
     /// In which boot of the machine it was dispatched.
@@ -375,6 +405,38 @@ pub struct Started {
     pub last_death: Option<Death>,
     /// How often a worker died under it since the newest round, and could be blamed.
     pub losses: u32,
+}
+
+impl Started {
+    /// How many attempts of the next round failed.
+    #[must_use]
+    pub fn failed_attempts(&self) -> u32 {
+        self.failed.as_ref().map_or(0, |failed| failed.attempts)
+    }
+}
+
+/// What is known of the attempts of a round that failed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Failed {
+    /// How many.
+    pub attempts: u32,
+    at: u64,
+    since: BootInstant,
+    delay_us: u64,
+}
+
+impl Failed {
+    /// How long the next attempt still waits, in µs. Within a boot the clock never jumped; across a reboot the wall
+    /// clock is all there is.
+    #[must_use]
+    pub fn wait_us(&self, wall_us: u64, now: &BootInstant) -> u64 {
+        let waited = if self.since.boot_id == now.boot_id {
+            now.boot_us.saturating_sub(self.since.boot_us)
+        } else {
+            wall_us.saturating_sub(self.at)
+        };
+        self.delay_us.saturating_sub(waited)
+    }
 }
 
 /// An event that a run in this status does not allow.
@@ -436,6 +498,7 @@ impl Run {
                     since: since.clone(),
                     definition: definition.clone(),
                     position: Position::default(),
+                    failed: None,
                     place: None,
                     boot_id: String::new(),
                     attempt: 0,
@@ -458,16 +521,39 @@ impl Run {
                 started.is_lost = false;
             }
             (State::Started(started), RunEvent::ThreadWorkflowMessage { round, message })
-                if *round == started.position.rounds + 1
-                    && started.place.is_some()
-                    && !started.is_lost
-                    && self.kill.is_none() =>
+                if self.may_go_on(*round) =>
             {
                 started.losses = 0;
+                started.failed = None;
                 started.position = started
                     .position
                     .after(message)
                     .ok_or_else(|| self.illegal(event))?;
+            }
+            (
+                State::Started(started),
+                RunEvent::AttemptFailed {
+                    round,
+                    attempt,
+                    delay_us,
+                    since,
+                    ..
+                },
+            ) if self.may_go_on(*round)
+                && *attempt == started.failed_attempts() + 1
+                && *attempt <= limits::FAILED_ATTEMPTS =>
+            {
+                started.failed = Some(Box::new(Failed {
+                    attempts: *attempt,
+                    at,
+                    since: since.clone(),
+                    delay_us: *delay_us,
+                }));
+            }
+            (State::Started(started), RunEvent::Routed { round, target })
+                if self.may_go_on(*round) && started.position.route.is_none() =>
+            {
+                started.position.route = Some(target.clone());
             }
             (State::Started(started), RunEvent::WorkerLost { attempt, death, .. })
                 if *attempt == started.attempt && started.place.is_some() && !started.is_lost =>
@@ -506,6 +592,14 @@ impl Run {
             _ => return Err(self.illegal(event)),
         }
         Ok(run)
+    }
+
+    /// Whether its worker may say something of this round: it is the next one, and nobody wants the run dead.
+    fn may_go_on(&self, round: u32) -> bool {
+        let is_next = |started: &Started| {
+            round == started.position.rounds + 1 && started.place.is_some() && !started.is_lost
+        };
+        self.started().is_some_and(is_next) && self.kill.is_none()
     }
 
     /// 137 and 143 mean asked for, and what was asked for ends in nothing else, but that a kill overrides an abort; a
@@ -616,6 +710,12 @@ mod tests {
             invocation: invocation.to_string(),
             cgroup: "/c".to_owned(),
         };
+        let said = move |role| Message {
+            role,
+            content: String::new(),
+            meta: serde_json::Map::new(),
+            timestamp: 0,
+        };
         let results = prop::sample::select(vec![
             RunResult::Success,
             RunResult::ExitCode(3),
@@ -639,16 +739,25 @@ mod tests {
                 attempt,
                 boot_id: "b".to_owned(),
             }),
-            (0..4_u32, "[a-c]|__start__").prop_map(|(round, role)| {
+            (0..4_u32, "[a-c]|__start__").prop_map(move |(round, role)| {
                 RunEvent::ThreadWorkflowMessage {
                     round,
-                    message: Message {
-                        role,
-                        content: String::new(),
-                        meta: serde_json::Map::new(),
-                        timestamp: 0,
-                    },
+                    message: said(role),
                 }
+            }),
+            (0..4_u32, 0..4_u32).prop_map(move |(round, attempt)| RunEvent::AttemptFailed {
+                round,
+                attempt,
+                message: said("a".to_owned()),
+                delay_us: 1,
+                since: BootInstant {
+                    boot_id: "b".to_owned(),
+                    boot_us: 0
+                },
+            }),
+            (0..4_u32, "a|[$]END").prop_map(|(round, target)| RunEvent::Routed {
+                round,
+                target: target.try_into().unwrap(),
             }),
             (0..4_u32).prop_map(|attempt| RunEvent::WorkerLost {
                 invocation: "0".to_owned(),
@@ -690,6 +799,28 @@ mod tests {
         Run::accept(RunId::from_bits(1), 0, &accepted)
     }
 
+    #[test]
+    fn a_backoff_goes_on_over_a_restart_and_over_a_reboot() {
+        let at = |boot_id: &str, boot_us| BootInstant {
+            boot_id: boot_id.to_owned(),
+            boot_us,
+        };
+        let failed = Failed {
+            attempts: 1,
+            at: 1_000,
+            since: at("b", 50),
+            delay_us: 30,
+        };
+        // Within the boot the wall clock may say what it likes.
+        for (now, left) in [(50, 30), (60, 20), (80, 0), (900, 0)] {
+            assert_eq!(failed.wait_us(7, &at("b", now)), left);
+        }
+        // Across a reboot nothing is waited for longer than it was meant to be.
+        for (wall_us, left) in [(1_010, 20), (1_030, 0), (2_000, 0), (3, 30)] {
+            assert_eq!(failed.wait_us(wall_us, &at("c", 1)), left);
+        }
+    }
+
     proptest! {
         #[test]
         fn in_any_order_of_events_what_must_hold_holds(events in prop::collection::vec(any_event(), 0..40)) {
@@ -699,8 +830,16 @@ mod tests {
                 prop_assert!(!run.status().is_terminal(), "a run that ended changed by {event:?}");
                 prop_assert!(next.position().rounds - run.position().rounds <= 1);
                 prop_assert!(run.abort.is_none() || next.abort == run.abort);
+                let failed = |run: &Run| run.started().map_or(0, Started::failed_attempts);
                 if run.kill.is_some() {
                     prop_assert!(next.kill.is_some() && next.position() == run.position());
+                    prop_assert_eq!(failed(&next), failed(&run));
+                }
+                if next.position().rounds > run.position().rounds {
+                    prop_assert!(failed(&next) == 0 && next.position().route.is_none());
+                } else {
+                    prop_assert!(failed(&next) - failed(&run) <= 1);
+                    prop_assert!(run.position().route.is_none() || next.position().route == run.position().route);
                 }
                 if let Some((result, _)) = next.ended() {
                     prop_assert_eq!(*result == RunResult::Killed, next.kill.is_some());

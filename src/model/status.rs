@@ -98,7 +98,8 @@ impl UnknownWord {
 }
 
 /// Why an LLM gave no answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum LlmError {
     /// It does not know the key, or the key may not do this (401, 403).
     Unauthorized,

@@ -34,7 +34,7 @@ pub struct Provider {
 }
 
 /// How an agent CLI is called and understood.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Preset {
     /// argv; a role's own words follow.

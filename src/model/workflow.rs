@@ -4,12 +4,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::hex::hex;
 use super::limits;
 use super::message::ERROR;
-use super::name::{RoleName, WorkflowName};
+use super::name::{InvalidName, RoleName, WorkflowName};
 use super::retention::Retention;
 use super::role::{Moderator, Role};
 use super::run::Digest;
@@ -74,13 +75,38 @@ pub enum OnFull {
     Refuse,
 }
 
-/// Where a status leads.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Where a status leads. As text it is the role's name, or `$END`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum Target {
     /// To a role.
     Role(RoleName),
     /// To the end of the run.
     End,
+}
+
+impl Target {
+    /// How the end of a run is written.
+    pub const END: &str = "$END";
+}
+
+impl TryFrom<String> for Target {
+    type Error = InvalidName;
+    fn try_from(text: String) -> Result<Self, InvalidName> {
+        match text.as_str() {
+            Self::END => Ok(Self::End),
+            role => role.parse().map(Self::Role),
+        }
+    }
+}
+
+impl From<Target> for String {
+    fn from(target: Target) -> Self {
+        match target {
+            Target::Role(role) => role.to_string(),
+            Target::End => Target::END.to_owned(),
+        }
+    }
 }
 
 /// Who says what comes next.
@@ -147,11 +173,19 @@ pub struct WorkerSettings {
 }
 
 impl WorkerSettings {
-    /// Tells these settings from others: 32 hex digits. An update of nerve may change it, and then workers are
-    /// replaced by new ones.
+    /// Tells these settings from others: 32 hex digits, the first half of them for the program alone. An update of nerve
+    /// may change it, and then workers are replaced by new ones.
     #[must_use]
     pub fn digest(&self) -> String {
-        hex(&Sha256::digest(format!("{self:?}"))[..16])
+        let half = |text: String| hex(&Sha256::digest(text)[..8]);
+        half(format!("{:?}", self.exec)) + &half(format!("{self:?}"))
+    }
+
+    /// Whether a worker that was started with settings of this digest is the same program.
+    #[must_use]
+    pub fn has_program_of(&self, digest: &str) -> bool {
+        let program = |digest: &str| digest.get(..16).map(ToOwned::to_owned);
+        program(digest) == program(&self.digest())
     }
 
     /// Interval and burst of the crash limit, systemd's and nerved's.

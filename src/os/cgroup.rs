@@ -156,7 +156,7 @@ impl Cgroup {
         loop {
             let mut text = String::new();
             let mut file = events.get_ref();
-            file.rewind()?;
+            gone_is(file.rewind(), ())?;
             gone_is(file.read_to_string(&mut text), 0)?;
             if !is_populated(&text) {
                 return Ok(());

@@ -42,6 +42,8 @@ impl Moments {
                     }
                     RunEvent::Ended { .. } => Some(Kind::Ended),
                     RunEvent::Dispatched { .. }
+                    | RunEvent::AttemptFailed { .. }
+                    | RunEvent::Routed { .. }
                     | RunEvent::WorkerLost { .. }
                     | RunEvent::AbortRequested(_)
                     | RunEvent::Imported(_) => None,

@@ -7,6 +7,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 use zbus::wire::Variant;
 
@@ -51,6 +52,13 @@ impl WorkerUnit<'_> {
         environment.push(format!("NERVE_WORKFLOW={name}"));
         // A later nerved tells by it whether the worker still has the settings it should have.
         environment.push(format!("NERVE_WORKER_SETTINGS={}", settings.digest()));
+        // It does what it does in its own time, and need not know sd_notify(3).
+        let mut watchdog = limits::WORKER_WATCHDOG;
+        if !settings.exec.is_empty() {
+            let argv = Value::from(settings.exec.clone());
+            environment.push(format!("NERVE_WORKER_EXEC={argv}"));
+            watchdog = Duration::ZERO;
+        }
         environment.extend(std::env::var("NERVE_LOG").map(|level| format!("NERVE_LOG={level}")));
         let mut properties: Vec<(&'static str, Variant<'static>)> = vec![
             ("Description", format!("nerve worker of {name}").into()),
@@ -72,7 +80,7 @@ impl WorkerUnit<'_> {
             ("StartLimitBurst", limit_burst.into()),
             ("TimeoutStartUSec", micros(Duration::from_secs(30))),
             ("TimeoutStopUSec", micros(Duration::from_secs(10))),
-            ("WatchdogUSec", micros(limits::WORKER_WATCHDOG)),
+            ("WatchdogUSec", micros(watchdog)),
             ("KillMode", "mixed".into()),
             ("Delegate", true.into()),
             ("OOMPolicy", "continue".into()),
@@ -238,6 +246,16 @@ mod tests {
             shown(&settings, "StartLimitBurst"),
             format!("{:?}", Variant::from(3_u32))
         );
+        let own = WorkerSettings {
+            exec: vec!["/own worker".to_owned(), "\"%i$x".to_owned()],
+            ..WorkerSettings::default()
+        };
+        assert_eq!(
+            shown(&own, "WatchdogUSec"),
+            format!("{:?}", micros(Duration::ZERO))
+        );
+        assert!(shown(&own, "Environment").contains("NERVE_WORKER_EXEC=["));
+        assert!(!shown(&settings, "Environment").contains("NERVE_WORKER_EXEC"));
         let variable = format!("NERVE_WORKER_SETTINGS={}", settings.digest());
         assert!(shown(&settings, "Environment").contains(&variable));
         assert!(!shown(&WorkerSettings::default(), "Environment").contains(&variable));

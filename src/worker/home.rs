@@ -1,9 +1,11 @@
 //! What a worker lives in: its cgroup, its state directory, what its roles inherit, its way to the journal.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use super::redact::Redactor;
 use crate::model::name::{RoleName, RunId, WorkflowName};
 use crate::os::cgroup::{self, Cgroup};
 use crate::os::journal::Journal;
@@ -21,7 +23,65 @@ pub(super) struct Home {
     pub(super) environment: Vec<(String, String)>,
     /// What a role without a prompt reads.
     pub(super) nothing: OwnedFd,
+    pub(super) credentials: Credentials,
+    /// Knows them.
+    pub(super) redactor: Redactor,
     journal: Journal,
+}
+
+/// The credentials of the unit, which do not change while it runs.
+#[derive(Default)]
+pub(super) struct Credentials {
+    folder: PathBuf,
+    values: BTreeMap<String, Vec<u8>>,
+}
+
+impl std::fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_set().entries(self.values.keys()).finish()
+    }
+}
+
+impl Credentials {
+    fn read(folder: &Path) -> io::Result<Self> {
+        let mut values = BTreeMap::new();
+        for entry in std::fs::read_dir(folder)? {
+            let entry = entry?;
+            if let Ok(name) = entry.file_name().into_string() {
+                values.insert(name, std::fs::read(entry.path())?);
+            }
+        }
+        let folder = folder.to_owned();
+        Ok(Self { folder, values })
+    }
+
+    /// Where it is.
+    ///
+    /// # Errors
+    /// It is nowhere.
+    pub(super) fn file(&self, name: &str) -> Result<PathBuf, String> {
+        self.value(name).map(|_| self.folder.join(name))
+    }
+
+    /// What it holds, for an environment: without newlines at the end.
+    ///
+    /// # Errors
+    /// It is nowhere, or no text.
+    pub(super) fn text(&self, name: &str) -> Result<String, String> {
+        let text = std::str::from_utf8(self.value(name)?).ok();
+        let text = text.filter(|text| !text.contains('\0'));
+        let text = text.ok_or_else(|| format!("the credential {name} is no text"))?;
+        Ok(text.trim_end_matches('\n').to_owned())
+    }
+
+    fn value(&self, name: &str) -> Result<&Vec<u8>, String> {
+        self.values.get(name).ok_or_else(|| {
+            format!(
+                "this worker has no credential {name}: put it into /etc/credstore/{name}, mode 0600, and drain the \
+                 workflow, so that a new worker reads it"
+            )
+        })
+    }
 }
 
 /// What systemd tells a service about itself; a role is none.
@@ -47,13 +107,19 @@ const NOT_FOR_ROLES: [&str; 19] = [
     "WATCHDOG_USEC",
 ];
 
+/// Moves into the leaf `main/` of the unit's cgroup, so that there may be cgroups beside it; the unit's cgroup.
+pub(super) fn enter_main() -> io::Result<Cgroup> {
+    let cgroup = Cgroup::at(&cgroup::of_process(std::process::id())?);
+    let main = cgroup.child("main");
+    main.create()?;
+    main.adopt(std::process::id())?;
+    Ok(cgroup)
+}
+
 impl Home {
     /// Takes stock of what systemd gave, and moves into the leaf `main/` so that there may be cgroups beside it.
     pub(super) fn move_in(workflow: WorkflowName) -> io::Result<Self> {
-        let cgroup = Cgroup::at(&cgroup::of_process(std::process::id())?);
-        let main = cgroup.child("main");
-        main.create()?;
-        main.adopt(std::process::id())?;
+        let cgroup = enter_main()?;
         cgroup.delegate(&["memory", "pids", "cpu", "io"]);
         let state = std::env::var_os("STATE_DIRECTORY")
             .map(PathBuf::from)
@@ -72,7 +138,13 @@ impl Home {
         if !environment.iter().any(|(name, _)| name == "HOME") {
             environment.push(("HOME".to_owned(), state.display().to_string()));
         }
+        let credentials = match std::env::var_os("CREDENTIALS_DIRECTORY") {
+            Some(folder) => Credentials::read(Path::new(&folder))?,
+            None => Credentials::default(),
+        };
         Ok(Self {
+            redactor: Redactor::new(credentials.values.values()),
+            credentials,
             workflow,
             cgroup,
             state,

@@ -14,6 +14,7 @@ use crate::model::message::Message;
 use crate::model::name::{RunId, WorkflowName};
 use crate::model::status::RunResult;
 use crate::model::tools::Tools;
+use crate::model::workflow::Target;
 
 /// The version this is.
 pub const VERSION: u32 = 1;
@@ -40,12 +41,28 @@ pub enum ToManager {
         round: u32,
         message: Message,
     },
-    /// A run ended.
+    /// An attempt of a round failed, and another follows after the delay; attempts are numbered from 1.
+    ThreadAttempt {
+        run_id: RunId,
+        round: u32,
+        attempt: u32,
+        message: Message,
+        delay_ms: u64,
+    },
+    /// The workflow's moderator said who speaks in this round, or `$END`.
+    ThreadRoute {
+        run_id: RunId,
+        round: u32,
+        target: Target,
+    },
+    /// A run ended; `detail` is for people.
     ThreadEvent {
         run_id: RunId,
         event_type: EventType,
         exit_code: u8,
         result: RunResult,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        detail: Option<String>,
     },
     /// Something the worker wants logged; it ends nothing.
     Error { error: String },
@@ -56,9 +73,12 @@ pub enum ToManager {
 #[serde(rename_all = "camelCase")]
 pub struct Held {
     pub run_id: RunId,
+    #[serde(default)]
     pub round: u32,
+    #[serde(default)]
     pub attempt: u32,
     /// It ended, and the end is not acknowledged.
+    #[serde(default)]
     pub ended: bool,
 }
 
@@ -111,6 +131,14 @@ pub enum ToWorker {
     },
     /// This round is durable; go on.
     MessageAck { run_id: RunId, round: u32 },
+    /// This attempt of a round is durable; wait, and go on.
+    AttemptAck {
+        run_id: RunId,
+        round: u32,
+        attempt: u32,
+    },
+    /// What the moderator said of this round is durable; go on.
+    RouteAck { run_id: RunId, round: u32 },
     /// The end of this run is durable, or nobody wants it: forget the run.
     EventAck { run_id: RunId },
     /// No more runs will come; exit with 0.
@@ -136,6 +164,29 @@ pub struct Assignment {
     /// What nerve.yaml has of the providers and agents that the definition names.
     #[serde(default, flatten)]
     pub tools: Tools,
+    /// The attempts of the next round that failed, if any did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failed: Option<FailedAttempts>,
+    /// What the moderator said of the next round, if it has been asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub route: Option<Route>,
+}
+
+/// Attempts of a round that failed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FailedAttempts {
+    pub round: u32,
+    pub attempts: u32,
+    /// What is left of the pause before the next one.
+    pub wait_ms: u64,
+}
+
+/// What a moderator said of a round.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Route {
+    pub round: u32,
+    pub target: Target,
 }
 
 /// Why a line could not be read.

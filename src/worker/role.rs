@@ -1,8 +1,9 @@
-//! One round: a role's command in the run's cgroup, from its prompt to its message.
+//! One process of a role in the run's cgroup, from its stdin to its output.
 //!
-//! The round ends when the first process exits; then the cgroup is emptied, the pipes are read to their end, and the
-//! message is made. Nothing of the round runs when [`Round::execute`] returns.
+//! It ends when the first process exits; then the cgroup is emptied, and the pipes are read to their end. Nothing of it
+//! runs when [`Process::execute`] returns.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::AsFd as _;
 use std::path::Path;
@@ -10,7 +11,6 @@ use std::pin::{Pin, pin};
 use std::time::Duration;
 
 use rustix::process::Signal;
-use serde_json::{Map, Value};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::unix::pipe;
 use tokio::sync::{Notify, mpsc};
@@ -19,12 +19,9 @@ use tokio::time::{Instant, sleep_until};
 use super::home::Home;
 use crate::model::exit::{Exit, signal_name};
 use crate::model::limits;
-use crate::model::message::{ERROR, Message, OK};
 use crate::model::name::{RoleName, RunId};
-use crate::model::role::Role;
 use crate::model::status::RunResult;
 use crate::os::cgroup::Cgroup;
-use crate::os::clock;
 use crate::os::process::{self, Child, Command};
 
 /// What a run is told while it works.
@@ -32,90 +29,112 @@ use crate::os::process::{self, Child, Command};
 pub(super) enum Order {
     /// This round is durable.
     MessageAck(u32),
+    /// This attempt of a round is durable.
+    AttemptAck { round: u32, attempt: u32 },
+    /// What the moderator said of this round is durable.
+    RouteAck(u32),
     /// End: SIGTERM now, SIGKILL after the grace.
     Kill { grace: Duration },
     /// [`super::run::Run`]'s abort was set; nothing to do for a round.
     Abort,
 }
 
-/// How a round ended.
+/// A process about to be started.
 #[derive(Debug)]
-pub(super) enum RoundEnd {
-    /// It said this.
-    Said(Message),
+pub(super) struct Process<'a> {
+    pub home: &'a Home,
+    pub run: RunId,
+    pub cgroup: &'a Cgroup,
+    pub name: &'a RoleName,
+    pub number: u32,
+    pub argv: &'a [String],
+    pub directory: &'a Path,
+    /// What it reads.
+    pub stdin: Option<&'a str>,
+    pub environment: &'a [(String, String)],
+    /// How long it may take…
+    pub timeout: Option<Duration>,
+    /// …and how long it may say nothing.
+    pub stall: Option<Duration>,
+    /// Most bytes that it may write to stdout, newlines at the end aside.
+    pub stdout_bytes: usize,
+    /// When the run's time-out passes.
+    pub run_deadline: Option<Instant>,
+}
+
+/// How a process ended.
+#[derive(Debug)]
+pub(super) enum End {
+    /// By itself, or because it took or said too much.
+    Exited(Output),
+    /// There was none, for this reason.
+    NotStarted(String),
     /// The run was killed.
     Killed,
     /// The run's time-out passed.
     TimedOut,
 }
 
-/// A round about to be executed.
+/// What is left of a process.
 #[derive(Debug)]
-pub(super) struct Round<'a> {
-    pub home: &'a Home,
-    pub run: RunId,
-    pub cgroup: &'a Cgroup,
-    pub name: &'a RoleName,
-    pub role: &'a Role,
-    /// What is executed.
-    pub argv: &'a [String],
-    pub directory: &'a Path,
-    /// What it reads on stdin.
-    pub prompt: Option<String>,
-    pub environment: Vec<(String, String)>,
-    pub number: u32,
-    /// When the run's time-out passes.
-    pub run_deadline: Option<Instant>,
+pub(super) struct Output {
+    pub exit: Exit,
+    /// Why nerve ended it, or the kernel did.
+    pub cut: Option<RunResult>,
+    /// At most as much as it might write.
+    pub stdout: Vec<u8>,
+    /// The end of it, without secrets.
+    pub stderr: Vec<u8>,
 }
 
-/// Why a round is being ended from outside.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Why a process is being ended from outside.
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum Stop {
     Kill,
     RunTimeout,
-    RoleTimeout,
-    ReplyTooLarge,
+    /// The round fails with this.
+    Role(RunResult),
 }
 
-/// What came through the pipes.
+/// What the pipes tell who watches the process.
 #[derive(Debug, Default)]
-struct Output {
-    stdout: Vec<u8>,
-    stderr: Vec<u8>,
+struct News {
+    /// Something came.
+    activity: Notify,
+    /// More came than may.
+    too_large: Notify,
 }
 
-impl Round<'_> {
-    /// Executes the round.
-    pub(super) async fn execute(self, orders: &mut mpsc::UnboundedReceiver<Order>) -> RoundEnd {
+impl Process<'_> {
+    /// Executes it.
+    pub(super) async fn execute(self, orders: &mut mpsc::UnboundedReceiver<Order>) -> End {
+        if let Err(error) = self.cgroup.create_anew() {
+            return End::NotStarted(format!("cannot make the cgroup of the run: {error}"));
+        }
         let (child, stdin, stdout, stderr) = match self.start() {
             Ok(started) => started,
+            Err(error) if self.directory.is_dir() => {
+                let program = self.argv.first().map_or("", String::as_str);
+                return End::NotStarted(format!("cannot execute {program}: {error}"));
+            }
             Err(error) => {
-                let why = if self.directory.is_dir() {
-                    let program = self.argv.first().map_or("", String::as_str);
-                    format!("cannot execute {program}: {error}")
-                } else {
-                    format!("cannot enter {}: {error}", self.directory.display())
-                };
-                return RoundEnd::Said(failure(self.name, &RunResult::ExecFailed, &why));
+                let why = format!("cannot enter {}: {error}", self.directory.display());
+                return End::NotStarted(why);
             }
         };
-        let mut output = Output::default();
-        let too_large = Notify::new();
+        let (mut content, mut tail) = (Vec::new(), Vec::new());
+        let news = News::default();
         let (exit, stop) = {
-            let Output {
-                stdout: content,
-                stderr: tail,
-            } = &mut output;
             let mut pipes = pin!(async {
                 tokio::join!(
-                    feed(stdin, self.prompt.as_deref().unwrap_or_default()),
-                    collect(stdout, content, &too_large),
-                    self.forward(stderr, tail)
+                    feed(stdin, self.stdin.unwrap_or_default()),
+                    self.collect(stdout, &mut content, &news),
+                    self.forward(stderr, &mut tail, &news)
                 );
             });
             let mut pipes_open = true;
             let ended = self
-                .watch(&child, orders, pipes.as_mut(), &mut pipes_open, &too_large)
+                .watch(&child, orders, pipes.as_mut(), &mut pipes_open, &news)
                 .await;
             if pipes_open {
                 // Its processes are gone, so the pipes end at once, unless somebody outside holds one.
@@ -124,19 +143,28 @@ impl Round<'_> {
             ended
         };
         let out_of_memory = exit == Exit::Signal(libc::SIGKILL) && self.cgroup.oom_kills() > 0;
-        // A cgroup is for one round: since Linux 6.14 what is born into one that was once killed dies at once.
+        // A cgroup is for one process: since Linux 6.14 what is born into one that was once killed dies at once.
         if let Err(error) = self.cgroup.remove() {
             tracing::error!(run_id = %self.run, %error, "failed to remove the cgroup of a run");
         }
-        match stop {
-            Some(Stop::Kill) => RoundEnd::Killed,
-            Some(Stop::RunTimeout) => RoundEnd::TimedOut,
-            stop => RoundEnd::Said(self.message(exit, stop, out_of_memory, output)),
-        }
+        let is_too_large = trimmed(&content) > self.stdout_bytes;
+        let cut = match stop {
+            Some(Stop::Kill) => return End::Killed,
+            Some(Stop::RunTimeout) => return End::TimedOut,
+            Some(Stop::Role(result)) => Some(result),
+            None if is_too_large => Some(RunResult::ReplyTooLarge),
+            None => out_of_memory.then_some(RunResult::OomKill),
+        };
+        End::Exited(Output {
+            exit,
+            cut,
+            stdout: content,
+            stderr: tail,
+        })
     }
 
     fn start(&self) -> io::Result<(Child, Option<pipe::Sender>, pipe::Receiver, pipe::Receiver)> {
-        let (stdin, feeder) = match &self.prompt {
+        let (stdin, feeder) = match self.stdin {
             Some(_) => process::pipe().map(|(read, write)| (read, Some(write)))?,
             None => (self.home.nothing.try_clone()?, None),
         };
@@ -145,7 +173,7 @@ impl Round<'_> {
         let cgroup = self.cgroup.open()?;
         let command = Command {
             argv: self.argv,
-            environment: &self.environment,
+            environment: self.environment,
             directory: self.directory,
             cgroup: cgroup.as_fd(),
             stdio: [stdin.as_fd(), stdout_write.as_fd(), stderr_write.as_fd()],
@@ -167,17 +195,20 @@ impl Round<'_> {
         orders: &mut mpsc::UnboundedReceiver<Order>,
         mut pipes: Pin<&mut impl Future<Output = ()>>,
         pipes_open: &mut bool,
-        too_large: &Notify,
+        news: &News,
     ) -> (Exit, Option<Stop>) {
-        let role_deadline = self.role.timeout.map(|timeout| Instant::now() + timeout);
+        let after = |time: Option<Duration>| time.map(|time| Instant::now() + time);
+        let role_deadline = after(self.timeout);
+        let mut stall_at = after(self.stall);
         let mut stop = None;
         let mut kill_at: Option<Instant> = None;
         let exit = loop {
             tokio::select! {
                 exit = child.wait() => break exit,
                 () = &mut pipes, if *pipes_open => *pipes_open = false,
-                () = too_large.notified() => {
-                    stop.get_or_insert(Stop::ReplyTooLarge);
+                () = news.activity.notified(), if stall_at.is_some() => stall_at = after(self.stall),
+                () = news.too_large.notified() => {
+                    stop.get_or_insert(Stop::Role(RunResult::ReplyTooLarge));
                     self.kill_cgroup();
                 }
                 Some(order) = orders.recv() => if let Order::Kill { grace } = order {
@@ -189,7 +220,11 @@ impl Round<'_> {
                     self.terminate(limits::DEFAULT_GRACE, &mut kill_at);
                 }
                 () = at(role_deadline), if stop.is_none() => {
-                    stop = Some(Stop::RoleTimeout);
+                    stop = Some(Stop::Role(RunResult::RoleTimeout));
+                    self.terminate(limits::DEFAULT_GRACE, &mut kill_at);
+                }
+                () = at(stall_at), if stop.is_none() => {
+                    stop = Some(Stop::Role(RunResult::RoleStalled));
                     self.terminate(limits::DEFAULT_GRACE, &mut kill_at);
                 }
                 () = at(kill_at) => {
@@ -244,26 +279,47 @@ impl Round<'_> {
         self.cgroup.emptied().await
     }
 
-    /// Sends stderr to the journal, line by line, and keeps its end.
-    async fn forward(&self, mut stderr: pipe::Receiver, tail: &mut Vec<u8>) {
-        let mut buffer = vec![0; limits::JOURNAL_LINE_BYTES];
-        let mut held = 0;
+    /// Reads stdout, and says so when it is more than it may be.
+    async fn collect(&self, mut stdout: pipe::Receiver, content: &mut Vec<u8>, news: &News) {
+        let most = self.stdout_bytes;
+        let mut buffer = vec![0; 16 * 1024];
+        while let Ok(count @ 1..) = stdout.read(&mut buffer).await {
+            news.activity.notify_one();
+            content.extend_from_slice(&buffer[..count]);
+            if content.len() > most && (trimmed(content) > most || content.len() > 2 * most) {
+                return news.too_large.notify_one();
+            }
+        }
+    }
+
+    /// Sends stderr to the journal, line by line and without secrets, and keeps its end.
+    async fn forward(&self, mut stderr: pipe::Receiver, tail: &mut Vec<u8>, news: &News) {
+        let longest = limits::JOURNAL_LINE_BYTES;
+        let (mut piece, mut held) = (vec![0; longest], Vec::new());
+        let mut redacted = self.home.redactor.stream();
         loop {
-            let count = stderr.read(&mut buffer[held..]).await.unwrap_or(0);
-            keep_tail(tail, &buffer[held..held + count]);
-            held += count;
+            let count = stderr.read(&mut piece).await.unwrap_or(0);
+            news.activity.notify_one();
+            let clean = match count {
+                0 => redacted.finish(),
+                _ => redacted.push(&piece[..count]),
+            };
+            keep_tail(tail, &clean);
+            held.extend_from_slice(&clean);
             let mut start = 0;
-            while let Some(length) = buffer[start..held].iter().position(|byte| *byte == b'\n') {
-                self.log(&buffer[start..start + length]).await;
-                start += length + 1;
+            while start < held.len() {
+                let rest = &held[start..];
+                let line = &rest[..rest.len().min(longest)];
+                let (length, newline) = match line.iter().position(|byte| *byte == b'\n') {
+                    Some(length) => (length, 1),
+                    None if line.len() == longest || count == 0 => (line.len(), 0),
+                    None => break,
+                };
+                self.log(&line[..length]).await;
+                start += length + newline;
             }
-            if start == 0 && held > 0 && (held == buffer.len() || count == 0) {
-                self.log(&buffer[..held]).await;
-                start = held;
-            }
-            buffer.copy_within(start..held, 0);
-            held -= start;
-            if count == 0 && held == 0 {
+            held.drain(..start);
+            if count == 0 {
                 return;
             }
         }
@@ -274,86 +330,24 @@ impl Round<'_> {
             .log(self.run, self.name, self.number, b"6", line)
             .await;
     }
-
-    fn message(
-        &self,
-        exit: Exit,
-        stop: Option<Stop>,
-        out_of_memory: bool,
-        output: Output,
-    ) -> Message {
-        let (content, is_text) = decode(output.stdout);
-        let result = match (stop, exit) {
-            (Some(Stop::RoleTimeout), _) => Some(RunResult::RoleTimeout),
-            (Some(Stop::ReplyTooLarge), _) => Some(RunResult::ReplyTooLarge),
-            _ if content.len() > limits::REPLY_BYTES => Some(RunResult::ReplyTooLarge),
-            (_, Exit::Signal(_)) if out_of_memory => Some(RunResult::OomKill),
-            (_, Exit::Signal(number)) => Some(RunResult::Signal(signal_name(number))),
-            (_, Exit::Code(0)) => None,
-            (_, Exit::Code(code)) => Some(RunResult::ExitCode(code)),
-        };
-        if !is_text {
-            tracing::warn!(run_id = %self.run, role = %self.name, round = self.number,
-                "the reply of role {} is not UTF-8; what is not became U+FFFD", self.name);
-        }
-        let mut meta = meta(result.as_ref(), &output.stderr);
-        match exit {
-            Exit::Code(code) => meta.insert("exitCode".into(), code.into()),
-            Exit::Signal(number) => meta.insert("signal".into(), signal_name(number).into()),
-        };
-        let content = if result == Some(RunResult::ReplyTooLarge) {
-            String::new()
-        } else {
-            content
-        };
-        Message {
-            role: self.name.to_string(),
-            content,
-            meta,
-            timestamp: clock::wall_us(),
-        }
-    }
 }
 
-/// The message of a round that could not be executed.
-pub(super) fn failure(role: &RoleName, result: &RunResult, why: &str) -> Message {
-    let meta = meta(Some(result), why.as_bytes());
-    Message {
-        role: role.to_string(),
-        content: String::new(),
-        meta,
-        timestamp: clock::wall_us(),
-    }
-}
-
-fn meta(result: Option<&RunResult>, stderr: &[u8]) -> Map<String, Value> {
-    let mut meta = Map::new();
-    meta.insert(
-        "status".into(),
-        if result.is_some() { ERROR } else { OK }.into(),
-    );
-    if let Some(result) = result {
-        meta.insert("result".into(), result.to_string().into());
-    }
-    meta.insert("stderr".into(), String::from_utf8_lossy(stderr).into());
-    meta
-}
-
-/// The reply as text, without trailing newlines, and whether it was text. NUL is none: D-Bus cannot carry it.
-fn decode(mut bytes: Vec<u8>) -> (String, bool) {
-    bytes.truncate(trimmed(&bytes));
-    match String::from_utf8(bytes) {
-        Ok(text) if !text.contains('\0') => (text, true),
-        Ok(text) => (text.replace('\0', "\u{fffd}"), false),
-        Err(error) => {
-            let text = String::from_utf8_lossy(error.as_bytes());
-            (text.replace('\0', "\u{fffd}"), false)
-        }
+impl Output {
+    /// Why it is a failure, with these exit codes for success.
+    pub(super) fn failure(&self, ok_codes: &BTreeSet<u8>) -> Option<RunResult> {
+        let of_exit = || match self.exit {
+            Exit::Signal(number) => Some(RunResult::Signal(signal_name(number))),
+            Exit::Code(code) if u8::try_from(code).is_ok_and(|code| ok_codes.contains(&code)) => {
+                None
+            }
+            Exit::Code(code) => Some(RunResult::ExitCode(code)),
+        };
+        self.cut.clone().or_else(of_exit)
     }
 }
 
 /// Length without trailing newlines.
-fn trimmed(bytes: &[u8]) -> usize {
+pub(super) fn trimmed(bytes: &[u8]) -> usize {
     bytes
         .iter()
         .rposition(|byte| *byte != b'\n')
@@ -373,20 +367,6 @@ async fn drain(pipes: Pin<&mut impl Future<Output = ()>>, open: &mut bool) {
 async fn feed(stdin: Option<pipe::Sender>, prompt: &str) {
     if let Some(mut stdin) = stdin {
         let _ = stdin.write_all(prompt.as_bytes()).await;
-    }
-}
-
-/// Reads the reply, and says so when it is more than a reply may be.
-async fn collect(mut stdout: pipe::Receiver, content: &mut Vec<u8>, too_large: &Notify) {
-    let mut buffer = vec![0; 16 * 1024];
-    while let Ok(count @ 1..) = stdout.read(&mut buffer).await {
-        content.extend_from_slice(&buffer[..count]);
-        if content.len() > limits::REPLY_BYTES
-            && (trimmed(content) > limits::REPLY_BYTES || content.len() > 2 * limits::REPLY_BYTES)
-        {
-            too_large.notify_one();
-            return;
-        }
     }
 }
 

@@ -1,26 +1,37 @@
 //! One run inside the stock worker: moderate, execute a round, wait until it is durable, and so on to the end.
 
+mod ask;
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::hash::{BuildHasher as _, RandomState};
 use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use serde_json::Value;
 use tokio::sync::mpsc;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep_until};
 
 use super::home::Home;
 use super::protocol::{Assignment, EventType};
-use super::role::{Order, Round, RoundEnd, failure};
+use super::role::Order;
+use super::round::Round;
+use super::said::failure;
+use super::told::Told;
+use crate::config::meta::Checker;
 use crate::config::template;
 use crate::model::limits;
 use crate::model::message::{Message, Position};
 use crate::model::moderator::{self, Next};
 use crate::model::name::{RoleName, RunId};
-use crate::model::role::Work;
+use crate::model::role::{Rehearsal, Role};
 use crate::model::run::Accepted;
 use crate::model::status::{RunResult, Status};
-use crate::model::workflow::Workflow;
+use crate::model::tools::Tools;
+use crate::model::workflow::{Target, Workflow};
 use crate::os::cgroup::Cgroup;
 
 /// What a run reports.
@@ -28,8 +39,32 @@ use crate::os::cgroup::Cgroup;
 pub(super) enum Report {
     /// A round is done; the next one waits for its acknowledgement, an end does not.
     Round { round: u32, message: Message },
+    /// An attempt of a round failed; the next one waits for its acknowledgement, then for the delay.
+    Attempt {
+        round: u32,
+        attempt: u32,
+        message: Message,
+        delay: Duration,
+    },
+    /// The moderator said who speaks next; it is not asked again.
+    Route { round: u32, target: Target },
     /// The run ended; nothing of it is left.
-    End(RunResult),
+    End(End),
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub(super) struct End {
+    pub result: RunResult,
+    /// What more there is to say.
+    pub detail: Option<String>,
+}
+
+impl From<RunResult> for End {
+    fn from(result: RunResult) -> Self {
+        let detail = None;
+        Self { result, detail }
+    }
 }
 
 /// A run that is being executed.
@@ -39,13 +74,22 @@ pub(super) struct Run {
     id: RunId,
     attempt: u32,
     max_rounds: u32,
-    workflow: Workflow,
+    is_dry: bool,
+    workflow: Arc<Workflow>,
+    tools: Tools,
+    /// For the roles whose replies have to say something of themselves.
+    checkers: BTreeMap<RoleName, Result<Checker, String>>,
     /// The start, then the rounds.
     thread: Vec<Message>,
     position: Position,
-    /// The newest round that is durable.
-    acknowledged: u32,
+    /// How many attempts of the next round failed.
+    failed: u32,
+    /// When the next attempt may begin.
+    attempt_at: Instant,
+    /// What it said last is not durable before this comes.
+    awaited: Option<Order>,
     deadline: Option<Instant>,
+    reports: mpsc::UnboundedSender<(RunId, Report)>,
     /// Set when it is to end at the next round boundary.
     abort: Arc<AtomicBool>,
     cgroup: Cgroup,
@@ -60,6 +104,7 @@ impl Run {
         assignment: Assignment,
         rounds: Vec<Message>,
         abort: Arc<AtomicBool>,
+        reports: mpsc::UnboundedSender<(RunId, Report)>,
     ) -> Self {
         let id = assignment.run_id;
         let accepted = Accepted {
@@ -77,6 +122,15 @@ impl Run {
             .try_fold(Position::default(), |position, message| {
                 position.after(message)
             });
+        let mut position = position.unwrap_or_default();
+        let next = position.rounds + 1;
+        let route = assignment.route.filter(|route| route.round == next);
+        position.route = route.map(|route| route.target);
+        let failed = assignment.failed.filter(|failed| failed.round == next);
+        let wait_ms = failed.as_ref().map_or(0, |failed| failed.wait_ms);
+        let checker = |(name, role): (&RoleName, &Role)| {
+            Some((name.clone(), Checker::new(&role.meta.as_ref()?.schema)))
+        };
         Self {
             cgroup: home.cgroup.child(&id.cgroup()),
             directory: home.state.join("runs").join(id.to_string()),
@@ -85,10 +139,16 @@ impl Run {
             id,
             attempt: assignment.attempt,
             max_rounds: assignment.max_rounds,
-            workflow,
+            is_dry: assignment.dry_run,
+            tools: assignment.tools,
+            checkers: workflow.roles.iter().filter_map(checker).collect(),
+            workflow: Arc::new(workflow),
             thread: std::iter::once(start).chain(rounds).collect(),
-            acknowledged: position.as_ref().map_or(0, |position| position.rounds),
-            position: position.unwrap_or_default(),
+            position,
+            failed: failed.map_or(0, |failed| failed.attempts),
+            attempt_at: Instant::now() + Duration::from_millis(wait_ms),
+            awaited: None,
+            reports,
             abort,
             deadline: assignment
                 .timeout_ms
@@ -97,89 +157,194 @@ impl Run {
     }
 
     /// Drives the run to its end.
-    pub(super) async fn drive(
-        mut self,
-        mut orders: mpsc::UnboundedReceiver<Order>,
-        reports: mpsc::UnboundedSender<(RunId, Report)>,
-    ) {
-        let result = self.rounds(&mut orders, &reports).await;
+    pub(super) async fn drive(mut self, mut orders: mpsc::UnboundedReceiver<Order>) {
+        let Err(end) = self.rounds(&mut orders).await;
         if let Err(error) = self.clean_up().await {
             tracing::warn!(run_id = %self.id, %error, "failed to clean up behind a run");
         }
+        self.report(Report::End(end));
+    }
+
+    fn report(&self, report: Report) {
         // The receiver lives as long as the worker.
-        let _ = reports.send((self.id, Report::End(result)));
+        let _ = self.reports.send((self.id, report));
     }
 
     async fn rounds(
         &mut self,
         orders: &mut mpsc::UnboundedReceiver<Order>,
-        reports: &mpsc::UnboundedSender<(RunId, Report)>,
-    ) -> RunResult {
+    ) -> Result<Infallible, End> {
         loop {
-            if self.abort.load(Ordering::Relaxed) {
-                return RunResult::Aborted;
+            self.boundary()?;
+            let next = moderator::next(&self.workflow, self.max_rounds, &self.position);
+            if let Next::End(result) = next {
+                return Err(result.into());
             }
-            let role = match moderator::next(&self.workflow, self.max_rounds, &self.position) {
-                Next::End(result) => return result,
-                Next::Role(role) => role,
-            };
             // No round before the last one is durable. An end need not wait: it is made durable together with it.
-            while self.acknowledged < self.position.rounds {
-                match orders.recv().await {
-                    Some(Order::MessageAck(round)) => {
-                        self.acknowledged = self.acknowledged.max(round)
-                    }
-                    Some(Order::Abort) => return RunResult::Aborted,
-                    Some(Order::Kill { .. }) | None => return RunResult::Killed,
-                }
+            self.acknowledged(orders).await?;
+            self.pause(orders).await?;
+            match next {
+                Next::Role(role) => self.speak(&role, orders).await?,
+                Next::Ask => self.ask(orders).await?,
+                // Such a workflow has a worker of its own, and this is not it.
+                Next::Any | Next::End(_) => return Err(RunResult::ExecFailed.into()),
             }
-            if self
-                .deadline
-                .is_some_and(|deadline| deadline <= Instant::now())
-            {
-                return RunResult::Timeout;
-            }
-            let round = self.position.rounds + 1;
-            let message = match self.round(&role, round, orders).await {
-                RoundEnd::Said(message) => message,
-                RoundEnd::Killed => return RunResult::Killed,
-                RoundEnd::TimedOut => return RunResult::Timeout,
-            };
-            let report = Report::Round {
-                round,
-                message: message.clone(),
-            };
-            let _ = reports.send((self.id, report));
-            self.position = self.position.after(&message).unwrap_or_default();
-            self.thread.push(message);
         }
     }
 
-    async fn round(
+    /// Here it ends when somebody wants it to end at a boundary.
+    fn boundary(&self) -> Result<(), End> {
+        if self.abort.load(Ordering::Relaxed) {
+            return Err(RunResult::Aborted.into());
+        }
+        Ok(())
+    }
+
+    /// Waits until what it said last is durable.
+    async fn acknowledged(
+        &mut self,
+        orders: &mut mpsc::UnboundedReceiver<Order>,
+    ) -> Result<(), End> {
+        while let Some(awaited) = self.awaited {
+            let order = orders.recv().await;
+            if order == Some(awaited) {
+                self.awaited = None;
+            }
+            heed(order)?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the next attempt may begin.
+    async fn pause(&mut self, orders: &mut mpsc::UnboundedReceiver<Order>) -> Result<(), End> {
+        let until = self
+            .deadline
+            .map_or(self.attempt_at, |end| end.min(self.attempt_at));
+        loop {
+            tokio::select! {
+                biased;
+                order = orders.recv() => heed(order)?,
+                () = sleep_until(until) => break,
+            }
+        }
+        match self.deadline {
+            Some(deadline) if deadline <= Instant::now() => Err(RunResult::Timeout.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// One round.
+    async fn speak(
+        &mut self,
+        role: &RoleName,
+        orders: &mut mpsc::UnboundedReceiver<Order>,
+    ) -> Result<(), End> {
+        let round = self.position.rounds + 1;
+        let mut message = self.last_word(role, round, orders).await?;
+        if self.failed > 0 {
+            let attempts = self.failed + 1;
+            message.meta.insert("attempts".into(), attempts.into());
+        }
+        self.report(Report::Round {
+            round,
+            message: message.clone(),
+        });
+        self.awaited = Some(Order::MessageAck(round));
+        self.failed = 0;
+        self.position = self.position.after(&message).unwrap_or_default();
+        self.thread.push(message);
+        Ok(())
+    }
+
+    /// What a role says in the end: it is tried as often as it says, and corrected.
+    async fn last_word(
         &mut self,
         name: &RoleName,
-        number: u32,
+        round: u32,
         orders: &mut mpsc::UnboundedReceiver<Order>,
-    ) -> RoundEnd {
-        let Some(role) = self.workflow.roles.get(name) else {
-            return RoundEnd::Said(failure(
+    ) -> Result<Message, End> {
+        let workflow = self.workflow.clone();
+        let Some(role) = workflow.roles.get(name) else {
+            return Ok(failure(
                 name,
                 &RunResult::ExecFailed,
                 "there is no such role",
             ));
         };
-        let rendered = role.prompt.as_deref().map(|prompt| {
-            let context = template::context(&self.thread, number, self.id);
-            template::render(prompt, context)
-        });
-        let prompt = match rendered.transpose() {
-            Ok(prompt) => prompt,
-            Err(error) => return RoundEnd::Said(failure(name, &RunResult::TemplateError, &error)),
+        let mut told = match self.told(name, role, round) {
+            Ok(told) => told,
+            Err((result, why)) => return Ok(failure(name, &result, &why)),
         };
-        if let Err(error) = self.prepare() {
-            let why = format!("cannot prepare the run's directory and cgroup: {error}");
-            return RoundEnd::Said(failure(name, &RunResult::ExecFailed, &why));
+        if let (true, Rehearsal::Say { content, meta }) = (self.is_dry, &role.rehearsal) {
+            return Ok(self.stage(name, role, round).rehearse(&told, content, meta));
         }
+        if let Err(error) = self.prepare() {
+            let why = format!("cannot prepare the run's directory: {error}");
+            return Ok(failure(name, &RunResult::ExecFailed, &why));
+        }
+        // What a resume knows are failed attempts; that some of them were corrections it does not.
+        let (mut tries, mut corrections) = (self.failed + 1, 0);
+        loop {
+            let said = self.stage(name, role, round).attempt(&told, orders).await?;
+            let delay = match (said.message.result(), said.correction) {
+                (None, _) => None,
+                _ if self.failed >= limits::FAILED_ATTEMPTS => None,
+                (_, Some(correction)) if corrections < limits::CORRECTIONS => {
+                    (corrections, told.correction) = (corrections + 1, Some(correction));
+                    Some(Duration::ZERO)
+                }
+                (Some(result), _) if role.retry.allows(tries, &result) => {
+                    let delay = role.retry.delay(tries, jitter()).max(said.wait);
+                    (tries, corrections, told.correction) = (tries + 1, 0, None);
+                    Some(delay)
+                }
+                _ => None,
+            };
+            let Some(delay) = delay else {
+                return Ok(said.message);
+            };
+            self.attempt_failed(said.message, delay, orders).await?;
+        }
+    }
+
+    /// Puts on record that an attempt of the next round failed, and waits until the next one may begin. `Err`: the run
+    /// ends instead, as a backoff is a boundary, and its time-out goes on.
+    pub(super) async fn attempt_failed(
+        &mut self,
+        message: Message,
+        delay: Duration,
+        orders: &mut mpsc::UnboundedReceiver<Order>,
+    ) -> Result<(), End> {
+        let round = self.position.rounds + 1;
+        self.failed += 1;
+        self.report(Report::Attempt {
+            round,
+            attempt: self.failed,
+            message,
+            delay,
+        });
+        self.attempt_at = Instant::now() + delay;
+        self.awaited = Some(Order::AttemptAck {
+            round,
+            attempt: self.failed,
+        });
+        self.boundary()?;
+        self.acknowledged(orders).await?;
+        self.pause(orders).await
+    }
+
+    /// What a role is told in this round, or with what the round fails.
+    fn told(&self, name: &RoleName, role: &Role, round: u32) -> Result<Told, (RunResult, String)> {
+        let checker = self.checkers.get(name).map(Result::as_ref).transpose();
+        let checker = checker.map_err(|why| (RunResult::BadReply, why.clone()))?;
+        let context = template::context(&self.thread, round, self.id);
+        let render = |prompt: &str| template::render(prompt, context.clone());
+        Told::new(role, checker, &self.thread[0], render)
+            .map_err(|why| (RunResult::TemplateError, why))
+    }
+
+    /// All that an attempt of a round needs.
+    fn stage<'a>(&'a self, name: &'a RoleName, role: &'a Role, number: u32) -> Round<'a> {
         let mut environment = self.home.environment.clone();
         environment.extend(
             [
@@ -187,46 +352,52 @@ impl Run {
                 ("NERVE_ROLE", name.to_string()),
                 ("NERVE_ROUND", number.to_string()),
                 ("NERVE_ATTEMPT", self.attempt.to_string()),
+                ("NERVE_RETRY", self.failed.to_string()),
                 ("NERVE_THREAD", self.thread_file.display().to_string()),
             ]
             .map(|(key, value)| (key.to_owned(), value)),
         );
-        let Work::Exec(argv) = &role.work else {
-            let why = "this worker executes commands only";
-            return RoundEnd::Said(failure(name, &RunResult::ExecFailed, why));
-        };
-        let round = Round {
+        if self.is_dry {
+            environment.push(("NERVE_DRY_RUN".to_owned(), "1".to_owned()));
+        }
+        let directory = role.cwd.as_ref();
+        Round {
             home: &self.home,
-            argv,
             run: self.id,
             cgroup: &self.cgroup,
             name,
             role,
-            directory: role
-                .cwd
+            tools: &self.tools,
+            // A moderator may have the name of a role.
+            checker: role
+                .meta
                 .as_ref()
-                .map_or(&self.directory, |cwd| cwd.as_ref()),
-            prompt,
+                .and_then(|_| self.checkers.get(name)?.as_ref().ok()),
+            directory: directory.map_or(&self.directory, |cwd| cwd.as_ref()),
             environment,
             number,
             run_deadline: self.deadline,
-        };
-        round.execute(orders).await
+        }
     }
 
-    /// Sees that the run has its cgroup, its directory, and the thread so far as a file.
+    /// The thread so far, a JSON object for each message.
+    fn lines(&self) -> impl Iterator<Item = Value> {
+        self.thread.iter().enumerate().map(|(round, message)| {
+            serde_json::json!({
+                "round": round, "role": message.role, "content": message.content, "meta": message.meta,
+                "timestamp": message.timestamp,
+            })
+        })
+    }
+
+    /// Sees that the run has its directory, and the thread so far as a file.
     fn prepare(&self) -> io::Result<()> {
-        self.cgroup.create_anew()?;
         match std::fs::create_dir(&self.directory) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             _ => {}
         }
         let mut lines = Vec::new();
-        for (round, message) in self.thread.iter().enumerate() {
-            let line = serde_json::json!({
-                "round": round, "role": message.role, "content": message.content, "meta": message.meta,
-                "timestamp": message.timestamp,
-            });
+        for line in self.lines() {
             serde_json::to_writer(&mut lines, &line)?;
             lines.push(b'\n');
         }
@@ -251,6 +422,20 @@ impl Run {
         }
         Ok(())
     }
+}
+
+/// An order while nothing is executed: it may be the end of the run.
+fn heed(order: Option<Order>) -> Result<(), End> {
+    match order {
+        Some(Order::Kill { .. }) | None => Err(RunResult::Killed.into()),
+        Some(Order::Abort) => Err(RunResult::Aborted.into()),
+        Some(_) => Ok(()),
+    }
+}
+
+/// From 0 to 1, whatever it is.
+fn jitter() -> f64 {
+    f64::from(RandomState::new().hash_one(()) as u32) / f64::from(u32::MAX)
 }
 
 /// How a result is said in the protocol.

@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep_until};
 use super::home::Home;
 use super::protocol::{self, Assignment, Held, ToManager, ToWorker, VERSION};
 use super::role::Order;
-use super::run::{Report, Run, event_type, grace};
+use super::run::{End, Report, Run, event_type, grace};
 use crate::config::definition;
 use crate::model::limits;
 use crate::model::message::Message;
@@ -197,11 +197,28 @@ impl Stock {
                     message,
                 }
             }
+            Report::Attempt {
+                round,
+                attempt,
+                message,
+                delay,
+            } => ToManager::ThreadAttempt {
+                run_id: id,
+                round,
+                attempt,
+                message,
+                delay_ms: u64::try_from(delay.as_millis()).unwrap_or(u64::MAX),
+            },
+            Report::Route { round, target } => ToManager::ThreadRoute {
+                run_id: id,
+                round,
+                target,
+            },
             Report::End(_) if running.forgotten => {
                 self.runs.remove(&id);
                 return;
             }
-            Report::End(result) => {
+            Report::End(End { result, detail }) => {
                 running.ended = true;
                 let (event_type, (_, exit_code)) = (event_type(&result), result.end());
                 ToManager::ThreadEvent {
@@ -209,6 +226,7 @@ impl Stock {
                     event_type,
                     exit_code,
                     result,
+                    detail,
                 }
             }
         };
@@ -262,6 +280,7 @@ impl Stock {
                         event_type,
                         exit_code: result.end().1,
                         result,
+                        detail: None,
                     });
                 }
             },
@@ -272,12 +291,25 @@ impl Stock {
                 }
             }
             ToWorker::MessageAck { run_id, round } => {
-                if let Some(running) = self.runs.get_mut(&run_id) {
-                    running.unacknowledged.retain(|message| {
-                        !matches!(message, ToManager::ThreadWorkflowMessage { round: said, .. } if *said == round)
-                    });
-                    let _ = running.orders.send(Order::MessageAck(round));
-                }
+                self.acknowledged(run_id, Order::MessageAck(round), |message| {
+                    matches!(message, ToManager::ThreadWorkflowMessage { round: said, .. } if *said == round)
+                });
+            }
+            ToWorker::AttemptAck {
+                run_id,
+                round,
+                attempt,
+            } => {
+                let order = Order::AttemptAck { round, attempt };
+                self.acknowledged(run_id, order, |message| {
+                    matches!(message, ToManager::ThreadAttempt { round: said, attempt: of, .. }
+                        if (*said, *of) == (round, attempt))
+                });
+            }
+            ToWorker::RouteAck { run_id, round } => {
+                self.acknowledged(run_id, Order::RouteAck(round), |message| {
+                    matches!(message, ToManager::ThreadRoute { round: said, .. } if *said == round)
+                });
             }
             ToWorker::EventAck { run_id } => {
                 if let Some(running) = self.runs.get_mut(&run_id) {
@@ -295,6 +327,14 @@ impl Stock {
             }
         }
         Outcome::GoOn
+    }
+
+    /// What is durable is said no more, and its run goes on.
+    fn acknowledged(&mut self, run: RunId, order: Order, is_it: impl Fn(&ToManager) -> bool) {
+        if let Some(running) = self.runs.get_mut(&run) {
+            running.unacknowledged.retain(|message| !is_it(message));
+            let _ = running.orders.send(order);
+        }
     }
 
     fn start(&mut self, assignment: Assignment, rounds: Vec<Message>) {
@@ -316,8 +356,9 @@ impl Stock {
         let attempt = assignment.attempt;
         let abort = Arc::new(AtomicBool::new(false));
         let home = self.home.clone();
-        let run = Run::new(home, workflow, assignment, rounds, abort.clone());
-        tokio::spawn(run.drive(inbox, self.reports.clone()));
+        let reports = self.reports.clone();
+        let run = Run::new(home, workflow, assignment, rounds, abort.clone(), reports);
+        tokio::spawn(run.drive(inbox));
         let running = Running {
             orders,
             abort,

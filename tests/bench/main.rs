@@ -5,6 +5,8 @@
 //! |---|---|---|
 //! | `runs_per_second` | 2,000 runs of `/bin/true`, warm worker, 8 `StartRun` in flight, until all are terminal and durable | 8 threads of posix_spawn and waitpid |
 //! | `start_to_exec_ms` | from sending `StartRun` to the role's first act, warm worker, p50 of 500 | the same program by posix_spawn |
+//! | `llm_round_overhead_ms` | a round with an `llm` role, less a bare HTTP call of the same server, p50 | that call |
+//! | `exec_round_overhead_ms` | from one round's first act to the next one's, 500 rounds of one run, p50, less the floor | the same program by posix_spawn, again and again |
 //! | `nerved_idle_kib` | VmHWM of nerved 5 s after its start with an empty store | VmHWM of this machine's dbus-daemon |
 //! | `transitions_per_second` | 64 callers of the store, who each take runs from queued through started to completed, each answered when durable | the same of the predecessor's store |
 //! | `requests_per_second` | 64 callers of the manager, who each start runs and kill them, each answered when durable | the transitions of the predecessor's store |
@@ -16,6 +18,7 @@
 #![expect(clippy::print_stdout, reason = "a benchmark prints")]
 #![expect(clippy::unwrap_used, reason = "a benchmark that cannot go on stops")]
 
+mod rounds;
 mod store;
 
 use std::collections::HashSet;
@@ -106,7 +109,9 @@ async fn measure() -> Outcome<Vec<Figure>> {
     let manager = ManagerProxy::new(&connection).await?;
     let throughput = runs_per_second(&manager).await?;
     let latency = start_to_exec(&manager).await?;
-    Ok(vec![throughput, latency, idle])
+    let round = exec_round_overhead(&manager).await?;
+    let asking = rounds::llm_overhead(&manager).await?;
+    Ok(vec![throughput, latency, round, asking, idle])
 }
 
 async fn runs_per_second(manager: &ManagerProxy<'static>) -> Outcome<Figure> {
@@ -273,6 +278,47 @@ async fn start_to_exec(manager: &ManagerProxy<'static>) -> Outcome<Figure> {
         value: milliseconds(times[times.len() / 2]),
         unit: "ms",
         floor: milliseconds(floors[floors.len() / 2]),
+        note,
+    })
+}
+
+async fn exec_round_overhead(manager: &ManagerProxy<'static>) -> Outcome<Figure> {
+    let mut changes = manager.receive_run_changed().await?;
+    let run = run_to_end(manager, &mut changes, "bench-rounds").await?;
+    let options = ThreadOptions {
+        limit: Some(1_000),
+        ..ThreadOptions::default()
+    };
+    let thread = manager.get_thread(&run, options).await?;
+    let rounds = thread.iter().filter(|round| round.round > 0);
+    let acted: Vec<u64> = rounds
+        .map(|round| round.content.trim().parse())
+        .collect::<Result<_, _>>()?;
+    let program = std::env::var("NERVE_BENCH")?;
+    let mut by_hand = Vec::new();
+    for _ in 0..acted.len() {
+        let output = Command::new(&program).arg("clock").output()?;
+        by_hand.push(String::from_utf8(output.stdout)?.trim().parse()?);
+    }
+    let gaps = |mut times: Vec<u64>| {
+        times.sort_unstable();
+        let mut gaps: Vec<_> = times.windows(2).map(|pair| pair[1] - pair[0]).collect();
+        gaps.sort_unstable();
+        gaps
+    };
+    let (gaps, floors) = (gaps(acted), gaps(by_hand));
+    let (round, floor) = (gaps[gaps.len() / 2], floors[floors.len() / 2]);
+    let note = format!(
+        "goal: p50 under 1; {} rounds, each {:.3}, p99 {:.3}",
+        thread.len(),
+        milliseconds(round),
+        milliseconds(gaps[gaps.len() * 99 / 100])
+    );
+    Ok(Figure {
+        name: "exec_round_overhead_ms",
+        value: milliseconds(round.saturating_sub(floor)),
+        unit: "ms",
+        floor: milliseconds(floor),
         note,
     })
 }

@@ -502,7 +502,7 @@ class Surroundings(Case):
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin" + (":/sbin:/bin" if ":/sbin" in first_path else ""),
             "HOME": "/var/lib/nerve-wf/look-around", "USER": "nw-look-around", "LOGNAME": "nw-look-around",
             "NERVE_WORKFLOW": "look-around", "NERVE_RUN_ID": run, "NERVE_ROLE": "main", "NERVE_ROUND": "1",
-            "NERVE_ATTEMPT": "1", "COLOUR": "blue", "PLACE": "the sea",
+            "NERVE_ATTEMPT": "1", "NERVE_RETRY": "0", "COLOUR": "blue", "PLACE": "the sea",
         }
         found = dict(word.split("=", 1) for word in first["environ"])
         thread_file = found.pop("NERVE_THREAD")

@@ -207,7 +207,7 @@ class Neighbours(nervebox.Case):
         with self.subTest("environment"):
             self.assertEqual(set(environ), {
                 "PATH", "HOME", "USER", "LOGNAME", "LANG", "NERVE_WORKFLOW", "NERVE_RUN_ID", "NERVE_ROLE",
-                "NERVE_ROUND", "NERVE_ATTEMPT", "NERVE_THREAD", "COLOUR"})
+                "NERVE_ROUND", "NERVE_ATTEMPT", "NERVE_RETRY", "NERVE_THREAD", "COLOUR"})
         with self.subTest("values"):
             state = "/var/lib/nerve-wf/look-around"
             self.assertIn(environ["HOME"], (state, "/var/lib/private/nerve-wf/look-around"))

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::super::{Action, Answer, Dispatch, Input, LinkId, Order, Ticket, UnitState};
 use super::definitions::{index, name};
 use super::machine::{Machine, place};
-use super::oracle::{Oracle, Phase, SLACK_US};
+use super::oracle::{Ledger, Oracle, Phase, SLACK_US};
 use crate::model::name::RunId;
 use crate::model::status::RunResult;
 
@@ -50,9 +50,17 @@ impl Oracle {
                 );
                 self.desks[workflow].killed = self.desks[workflow].newest;
             }
-            Action::Empty { run: id, cgroup } => {
+            Action::EmptyUnit { run: id, .. } | Action::Empty { run: id, .. } => {
                 let run = &self.runs[id];
-                assert_eq!(*cgroup, place(run.workflow, 0).of_run(*id));
+                match action {
+                    Action::Empty { cgroup, .. } => {
+                        assert_eq!(*cgroup, place(run.workflow, 0).of_run(*id));
+                    }
+                    _ => {
+                        assert!(run.thread.is_own, "the unit of the stock worker is killed");
+                        self.desks[run.workflow].forced = run.invocation;
+                    }
+                }
                 let desk = &self.desks[run.workflow];
                 let is_needless = run.phase == Phase::Started
                     && run.is_placed()
@@ -99,6 +107,26 @@ impl Oracle {
                 let is_late = run.aborted.is_some_and(|done| *round > done);
                 assert!(!is_late, "I7: {id:?} goes on though it is aborted");
             }
+            Order::AttemptAck {
+                run: id,
+                round,
+                attempt,
+            } => {
+                let run = self.goes_on(*id, is_accepted, invocation);
+                let stored = (run.thread.rounds + 1, run.thread.failed);
+                assert!(
+                    (*round, *attempt) <= stored,
+                    "attempt {attempt} of {id:?} is acknowledged and not stored"
+                );
+            }
+            Order::RouteAck { run: id, round } => {
+                let thread = &self.goes_on(*id, is_accepted, invocation).thread;
+                let is_stored = *round <= thread.rounds + u32::from(thread.route.is_some());
+                assert!(
+                    is_stored,
+                    "a route of {id:?} is acknowledged and not stored"
+                );
+            }
             Order::EventAck { run } => {
                 let is_open = self.runs.get(run).is_some_and(|run| {
                     run.phase != Phase::Ended && run.is_placed() && run.invocation == invocation
@@ -125,6 +153,18 @@ impl Oracle {
             }
             Order::Welcome | Order::KillThread { .. } => {}
         }
+    }
+
+    /// A run whose worker is told to go on within a round.
+    fn goes_on(&self, id: RunId, is_accepted: bool, invocation: u64) -> &Ledger {
+        let run = &self.runs[&id];
+        assert!(
+            is_accepted && run.invocation == invocation,
+            "I5: a stale worker is acknowledged"
+        );
+        let is_asked = run.killed || run.aborted.is_some();
+        assert!(!is_asked, "I7: {id:?} goes on though it is to end");
+        run
     }
 
     fn dispatch(&mut self, link: LinkId, dispatch: &Dispatch, machine: &Machine) {
@@ -167,6 +207,20 @@ impl Oracle {
                 "time left of {id:?}"
             );
         }
+        let failed = run
+            .backoff
+            .as_ref()
+            .map(|backoff| (run.thread.failed, backoff.left(machine)));
+        assert_eq!(dispatch.failed, failed, "what failed of {id:?}");
+        assert_eq!(
+            dispatch.route, run.thread.route,
+            "what was routed of {id:?}"
+        );
+        let exec = &machine.services[run.workflow].settings.exec;
+        assert_eq!(
+            exec, &definition.workflow.worker.exec,
+            "{id:?} is sent to a worker of another kind"
+        );
         assert!(self.sent.insert((link, id)), "I6: {id:?} is sent twice");
     }
 

@@ -26,11 +26,13 @@ pub(super) const STATUSES: [Status; 9] = [
 ];
 
 /// Kinds of events of a run.
-pub(super) const EVENTS: [&str; 8] = [
+pub(super) const EVENTS: [&str; 10] = [
     "queued",
     "started",
     "dispatched",
     "thread-workflow-message",
+    "attempt-failed",
+    "routed",
     "worker-lost",
     "kill-requested",
     "abort-requested",

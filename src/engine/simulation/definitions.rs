@@ -8,7 +8,7 @@ use super::random::Random;
 use crate::model::message::Message;
 use crate::model::name::WorkflowName;
 use crate::model::retention::Retention;
-use crate::model::role::Role;
+use crate::model::role::{Moderator, Role};
 use crate::model::status::RunResult;
 use crate::model::workflow::{
     Definition, Graph, OnFull, Overflow, Routing, Target, WorkerSettings, Workflow,
@@ -42,6 +42,22 @@ pub(super) fn any(workflow: usize, number: u32, random: &mut Random) -> Arc<Defi
             .into(),
         ),
     ];
+    let graph = Routing::Graph(Graph {
+        start: to("a"),
+        routes: routes.into(),
+    });
+    let moderator = Routing::Moderator(Moderator {
+        exec: vec!["m".into()],
+        timeout: None,
+        rehearses: false,
+    });
+    let own = || vec!["own".to_owned()];
+    let (routing, exec) = match random.below(8) {
+        0 | 1 => (moderator, Vec::new()),
+        2 => (Routing::Worker, own()),
+        3 => (graph, own()),
+        _ => (graph, Vec::new()),
+    };
     let second = |seconds| Some(Duration::from_secs(seconds));
     let overflow = [
         Overflow::Queue,
@@ -65,14 +81,12 @@ pub(super) fn any(workflow: usize, number: u32, random: &mut Random) -> Arc<Defi
             roles: ["a", "b"]
                 .map(|name| (name.parse().unwrap(), role.clone()))
                 .into(),
-            routing: Routing::Graph(Graph {
-                start: to("a"),
-                routes: routes.into(),
-            }),
+            routing,
             worker: WorkerSettings {
                 nice: random.pick(&[None, None, None, Some(1)]),
                 start_limit_burst: random.pick(&[None, None, Some(2), Some(4)]),
                 start_limit_interval: random.pick(&[None, second(600)]),
+                exec,
                 ..WorkerSettings::default()
             },
         },
@@ -83,8 +97,9 @@ pub(super) fn any(workflow: usize, number: u32, random: &mut Random) -> Arc<Defi
 pub(super) fn describe(definition: &Definition) -> String {
     let workflow = &definition.workflow;
     format!(
-        "file {}: rounds {:?}, concurrency {}, {:?} {} {:?}, timeout {:?}, worker {} {:?}",
+        "file {}: routed by {:?}, rounds {:?}, concurrency {}, {:?} {} {:?}, timeout {:?}, worker {} {:?}",
         definition.digest,
+        Kind::of(definition),
         workflow.max_rounds,
         workflow.concurrency,
         workflow.overflow,
@@ -101,12 +116,48 @@ pub(super) fn describe(definition: &Definition) -> String {
 pub(super) struct Thread {
     pub(super) rounds: u32,
     pub(super) last: Option<Message>,
+    pub(super) kind: Kind,
+    /// Its worker is the user's own.
+    pub(super) is_own: bool,
+    /// What the moderator said of the next round.
+    pub(super) route: Option<Target>,
+    /// How many attempts of the next round failed.
+    pub(super) failed: u32,
+}
+
+/// Who routes.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub(super) enum Kind {
+    #[default]
+    Table,
+    Moderator,
+    Worker,
+}
+
+impl Kind {
+    pub(super) fn of(definition: &Definition) -> Self {
+        match definition.workflow.routing {
+            Routing::Graph(_) => Self::Table,
+            Routing::Moderator(_) => Self::Moderator,
+            Routing::Worker => Self::Worker,
+        }
+    }
+}
+
+/// One of the two roles there are.
+pub(super) fn spoken(role: &str) -> &'static str {
+    match role {
+        "a" => "a",
+        _ => "b",
+    }
 }
 
 /// What comes next in a thread.
 #[derive(Debug, PartialEq)]
 pub(super) enum Next {
     Role(&'static str),
+    Ask,
+    Any,
     End(RunResult),
 }
 
@@ -114,12 +165,21 @@ impl Thread {
     pub(super) fn push(&mut self, message: Message) {
         self.rounds += 1;
         self.last = Some(message);
+        (self.route, self.failed) = (None, 0);
     }
 
     pub(super) fn next(&self, max_rounds: u32) -> Next {
         let text = |key: &str| self.last.as_ref()?.meta.get(key)?.as_str();
         let role = self.last.as_ref().map(|last| last.role.as_str());
+        let routed = match (&self.route, self.kind) {
+            (_, Kind::Worker) => return Next::Any,
+            (_, Kind::Table) => None,
+            (None, Kind::Moderator) => return Next::Ask,
+            (Some(Target::End), Kind::Moderator) => return Next::End(RunResult::Success),
+            (Some(Target::Role(role)), Kind::Moderator) => Some(spoken(role.as_str())),
+        };
         let speaker = match (role, text("status")) {
+            _ if routed.is_some() => routed.unwrap(),
             (None, _) => "a",
             (Some("a"), Some("ok")) => "b",
             (Some("b"), Some("ok")) => return Next::End(RunResult::Success),

@@ -9,6 +9,7 @@ use super::world::World;
 use crate::model::name::RunId;
 use crate::model::status::RunResult;
 use crate::model::worker::{Cause, Death};
+use crate::model::workflow::Target;
 
 impl World {
     pub(super) fn met(&mut self, fault: Fault) {
@@ -191,10 +192,13 @@ impl World {
                     round,
                     message,
                 });
-                link.up.push_back(Up::Ended {
-                    run: *run,
-                    result: RunResult::Success,
-                });
+                // What the user's own worker says of an end has to be believed.
+                if !task.thread.is_own {
+                    link.up.push_back(Up::Ended {
+                        run: *run,
+                        result: RunResult::Success,
+                    });
+                }
                 is_heard = true;
             }
         }
@@ -216,9 +220,12 @@ impl World {
         }
         let run = self.random.pick(&runs);
         let done = worker.tasks[&run].thread.rounds;
+        let thread = &worker.tasks[&run].thread;
+        let (failed, is_own) = (thread.failed, thread.is_own);
+        // Its own worker may name any role that could be one.
         let (role, round) = self
             .random
-            .pick(&[("c", done + 1), ("a", done + 3), ("b", done + 4)]);
+            .pick(&[("No", done + 1), ("a", done + 3), ("b", done + 4)]);
         let results = [
             RunResult::Killed,
             RunResult::Aborted,
@@ -227,7 +234,8 @@ impl World {
         ];
         let result = self.random.pick(&results);
         // Who says that it ended, and begins a round then, is beyond help.
-        let is_end = worker.tasks[&run].is_executing && self.random.chance(50);
+        let is_end = worker.tasks[&run].is_executing && !is_own && self.random.chance(50);
+        let lie = self.random.below(3);
         self.next_content += 1;
         let message = message(role, "ok", "", self.next_content);
         let Some(link) = self.link(link) else {
@@ -235,6 +243,20 @@ impl World {
         };
         link.up.push_back(if is_end {
             Up::Ended { run, result }
+        } else if lie == 0 {
+            Up::Attempt {
+                run,
+                round: done + 1,
+                attempt: failed + 2,
+                message,
+                delay_us: 0,
+            }
+        } else if lie == 1 {
+            Up::Routed {
+                run,
+                round: done + 2,
+                target: Target::End,
+            }
         } else {
             Up::Message {
                 run,

@@ -38,7 +38,7 @@ pub(super) struct Service {
     /// An earlier worker that systemd could not get rid of.
     pub(super) stray: Option<Worker>,
     pub(super) stop: Stop,
-    settings: WorkerSettings,
+    pub(super) settings: WorkerSettings,
     next: After,
     /// When it was started, in µs of this boot.
     starts: Vec<u64>,
@@ -332,6 +332,7 @@ impl Machine {
     pub(super) fn advance(&mut self, workflow: usize, random: &mut Random) -> bool {
         let is_empty = !self.has_processes(workflow);
         let service = &mut self.services[workflow];
+        let is_own = !service.settings.exec.is_empty();
         match service.state {
             UnitState::Starting if service.next == After::Start => {
                 let (interval, burst) = service.settings.start_limit();
@@ -351,7 +352,7 @@ impl Machine {
                 service.worker = Some(Worker::new(service.invocation, random));
             }
             // It gives up on a process that does not die, and goes on beside it.
-            UnitState::Stopping if is_empty || random.chance(2) => match service.next {
+            UnitState::Stopping if is_empty || !is_own && random.chance(2) => match service.next {
                 After::Start if service.stop == Stop::Operator => self.begin(workflow),
                 After::Start => service.state = UnitState::Starting,
                 After::Nothing => service.state = UnitState::Absent,

@@ -304,6 +304,13 @@ impl World {
                     }
                 }
             }
+            Action::Empty { run, .. } if self.oracle.is_own(run) => {
+                nerved.inbox.push_back(Input::Emptied { run });
+            }
+            Action::EmptyUnit { run, workflow, .. } => {
+                nerved.empties.push(run);
+                self.machine.kill_unit(definitions::index(&workflow));
+            }
             Action::Empty { run, .. } => {
                 nerved.empties.push(run);
                 let executed_by = self.oracle.runs[&run].invocation;
@@ -418,11 +425,33 @@ impl World {
                 round,
                 message,
             },
+            Some(Up::Attempt {
+                run,
+                round,
+                attempt,
+                message,
+                delay_us,
+            }) => Input::Attempt {
+                link: id,
+                run,
+                round,
+                attempt,
+                message,
+                delay_us,
+            },
+            Some(Up::Routed { run, round, target }) => Input::Routed {
+                link: id,
+                run,
+                round,
+                target,
+            },
             Some(Up::Ended { run, result }) => Input::Ended {
                 link: id,
                 run,
                 result,
-                is_empty: self.machine.is_empty(run),
+                detail: None,
+                // Of a run of the user's own worker there is no cgroup.
+                is_empty: self.oracle.is_own(run) || self.machine.is_empty(run),
             },
             None => {
                 nerved.links.remove(&id);

@@ -8,7 +8,7 @@ use super::super::{
     Action, Event, Input, Known, LinkId, Order, ReadId, Stop, Turn, Unit, UnitState,
 };
 use super::clients::caller;
-use super::definitions::{Next, Thread, WORKFLOWS, index, name};
+use super::definitions::{Kind, Next, Thread, WORKFLOWS, index, name, spoken};
 use super::machine::{Machine, SECOND, number, place};
 use super::random::Random;
 use super::world::Step;
@@ -16,7 +16,7 @@ use crate::model::name::{RunId, WorkflowName};
 use crate::model::run::{AbortRequest, Accepted, BootInstant, KillRequest, RunEvent};
 use crate::model::status::{RunResult, Status};
 use crate::model::worker::{Cause, Death, ManagerEvent, WorkerEvent};
-use crate::model::workflow::Definition;
+use crate::model::workflow::{Definition, Target};
 
 /// Between a time-out and nerved's own end of the run.
 pub(super) const SLACK_US: u64 = 5 * SECOND;
@@ -54,6 +54,8 @@ pub(super) struct Ledger {
     pub(super) blame: u32,
     pub(super) last_death: Option<Death>,
     pub(super) thread: Thread,
+    /// The pause before the next attempt of the next round.
+    pub(super) backoff: Option<Backoff>,
     /// Its workflow was blocked under it.
     pub(super) is_doomed: bool,
     /// What the worker exited with then.
@@ -63,6 +65,27 @@ pub(super) struct Ledger {
     /// What its worker says it ended in; not all of it may be true.
     pub(super) reported: Vec<RunResult>,
     pub(super) result: Option<RunResult>,
+}
+
+/// A pause between two attempts.
+#[derive(Debug)]
+pub(super) struct Backoff {
+    since: BootInstant,
+    wall_us: u64,
+    delay_us: u64,
+    /// When the attempt really failed, in µs of that boot.
+    failed_us: u64,
+}
+
+impl Backoff {
+    pub(super) fn left(&self, machine: &Machine) -> u64 {
+        let waited = if self.since.boot_id == machine.boot_id() {
+            machine.now.boot_us - self.since.boot_us
+        } else {
+            machine.now.wall_us.saturating_sub(self.wall_us)
+        };
+        self.delay_us.saturating_sub(waited)
+    }
 }
 
 /// A workflow, by our own reckoning.
@@ -79,6 +102,8 @@ pub(super) struct Desk {
     pub(super) newest: u64,
     /// The newest invocation whose unit nerved killed.
     pub(super) killed: u64,
+    /// Likewise, because it had not ended a run.
+    pub(super) forced: u64,
     /// Answers of systemd older than this are late.
     pub(super) read: ReadId,
     /// When nerved first heard of the newest invocation, in µs of this boot.
@@ -139,6 +164,7 @@ impl Ledger {
             doom: None,
             is_pardoned: false,
             thread: Thread::default(),
+            backoff: None,
             reported: Vec::new(),
             result: None,
         }
@@ -170,6 +196,8 @@ impl Ledger {
             RunEvent::Started { .. } => self.phase == Phase::Queued,
             RunEvent::Dispatched { .. }
             | RunEvent::ThreadWorkflowMessage { .. }
+            | RunEvent::AttemptFailed { .. }
+            | RunEvent::Routed { .. }
             | RunEvent::WorkerLost { .. } => self.phase == Phase::Started,
             RunEvent::KillRequested(_) | RunEvent::AbortRequested(_) | RunEvent::Ended { .. } => {
                 self.phase != Phase::Ended
@@ -185,6 +213,17 @@ impl Ledger {
                 RunEvent::Dispatched { attempt, .. } => *attempt == self.attempt + 1 && !is_asked,
                 RunEvent::ThreadWorkflowMessage { round, .. } => {
                     *round == self.thread.rounds + 1 && self.is_placed() && !self.killed
+                }
+                RunEvent::AttemptFailed { round, attempt, .. } => {
+                    (*round, *attempt) == (self.thread.rounds + 1, self.thread.failed + 1)
+                        && self.is_placed()
+                        && !self.killed
+                }
+                RunEvent::Routed { round, .. } => {
+                    *round == self.thread.rounds + 1
+                        && self.thread.route.is_none()
+                        && self.is_placed()
+                        && !self.killed
                 }
                 RunEvent::WorkerLost { attempt, .. } => {
                     *attempt == self.attempt && self.is_placed()
@@ -213,7 +252,7 @@ impl Ledger {
             RunResult::Drained,
             RunResult::WorkerDied,
         ];
-        match random.below(8) {
+        match random.below(10) {
             0 => RunEvent::Queued(Accepted {
                 workflow: name(self.workflow),
                 prompt: String::new(),
@@ -238,6 +277,20 @@ impl Ledger {
             3 => RunEvent::ThreadWorkflowMessage {
                 round: near(self.thread.rounds + 1, random),
                 message: super::worker::message("a", "ok", "", 0),
+            },
+            8 => RunEvent::AttemptFailed {
+                round: near(self.thread.rounds + 1, random),
+                attempt: near(self.thread.failed + 1, random),
+                message: super::worker::message("a", "error", "exit-code:3", 0),
+                delay_us: 0,
+                since: BootInstant {
+                    boot_id: String::new(),
+                    boot_us: 0,
+                },
+            },
+            9 => RunEvent::Routed {
+                round: near(self.thread.rounds + 1, random),
+                target: Target::End,
             },
             4 => RunEvent::WorkerLost {
                 invocation: id.to_string(),
@@ -267,7 +320,7 @@ pub(super) fn row(result: &RunResult) -> (Status, u8) {
     match text.split(':').next().unwrap() {
         "success" => (Status::Completed, 0),
         "exit-code" | "signal" | "exec-failed" | "role-timeout" | "oom-kill"
-        | "reply-too-large" | "template-error" | "no-route" => (Status::Failed, 1),
+        | "reply-too-large" | "template-error" | "no-route" | "bad-route" => (Status::Failed, 1),
         "max-rounds" => (Status::Failed, 2),
         "timeout" => (Status::Failed, 124),
         "drained" => (Status::Interrupted, 130),
@@ -330,9 +383,27 @@ impl Oracle {
         self.runs.values_mut().for_each(|run| run.reported.clear());
     }
 
-    /// A worker begins to execute a round.
-    pub(super) fn executes(&self, id: RunId, round: u32, invocation: u64, machine: &Machine) {
+    pub(super) fn is_own(&self, id: RunId) -> bool {
+        self.runs[&id].thread.is_own
+    }
+
+    /// A worker begins to execute an attempt of a round, after so many that failed.
+    pub(super) fn executes(
+        &self,
+        id: RunId,
+        (round, failed): (u32, u32),
+        invocation: u64,
+        machine: &Machine,
+    ) {
         let run = &self.runs[&id];
+        let is_due = run.backoff.as_ref().is_none_or(|backoff| {
+            backoff.since.boot_id != machine.boot_id()
+                || machine.now.boot_us >= backoff.failed_us + backoff.delay_us
+        });
+        assert!(
+            failed == run.thread.failed && is_due,
+            "{failed} attempts of {id:?} failed, and the next one comes too early: {run:?}"
+        );
         assert!(
             run.phase != Phase::Ended || machine.may_be_late(id, invocation),
             "I4: a role of {id:?} is executed after its end"
@@ -593,6 +664,8 @@ impl Oracle {
                     .or(current.workflow.max_rounds)
                     .unwrap_or(50);
                 assert_eq!(run.max_rounds, *max_rounds, "the limit of rounds of {id:?}");
+                run.thread.kind = Kind::of(&current);
+                run.thread.is_own = !current.workflow.worker.exec.is_empty();
                 (run.phase, run.since, run.definition) =
                     (Phase::Started, Some(since.clone()), Some(current));
             }
@@ -618,25 +691,56 @@ impl Oracle {
                     (*of, said, words) == (id, round, message),
                     "I6: {id:?} did not say {message:?}"
                 );
-                let accepted = self.desks[workflow].accepted;
-                assert_eq!(
-                    accepted,
-                    Some((*link, run.invocation)),
-                    "I5: a stale worker's message"
-                );
-                assert!(
-                    !self.is_superseded(workflow, run.invocation),
-                    "I5: a stale worker's message"
-                );
-                let is_role = run.thread.next(run.max_rounds)
-                    == Next::Role(match message.role.as_str() {
-                        "a" => "a",
-                        _ => "b",
-                    });
-                assert!(is_role, "{id:?} is not {}'s to speak in", message.role);
+                self.check_speaker(id, *link, &message.role);
                 let run = self.runs.get_mut(&id).unwrap();
                 run.thread.push(message.clone());
-                run.blame = 0;
+                (run.blame, run.backoff) = (0, None);
+            }
+            RunEvent::AttemptFailed {
+                round,
+                attempt,
+                message,
+                delay_us,
+                since,
+            } => {
+                let Some(Input::Attempt { link, run: of, .. }) = input else {
+                    panic!("an attempt of {id:?} that nobody made")
+                };
+                let said = Input::Attempt {
+                    link: *link,
+                    run: id,
+                    round: *round,
+                    attempt: *attempt,
+                    message: message.clone(),
+                    delay_us: *delay_us,
+                };
+                let is_said = input.map(|input| format!("{input:?}")) == Some(format!("{said:?}"));
+                assert!(*of == id && is_said, "{id:?} did not fail so: {event:?}");
+                assert_eq!(*since, machine.instant());
+                self.check_speaker(id, *link, &message.role);
+                let run = self.runs.get_mut(&id).unwrap();
+                run.thread.failed += 1;
+                run.backoff = Some(Backoff {
+                    since: since.clone(),
+                    wall_us: machine.now.wall_us,
+                    delay_us: *delay_us,
+                    failed_us: message.timestamp,
+                });
+            }
+            RunEvent::Routed { round, target } => {
+                let Some(Input::Routed {
+                    link,
+                    run: of,
+                    round: said,
+                    target: answer,
+                }) = input
+                else {
+                    panic!("a route of {id:?} that nobody said")
+                };
+                assert!((*of, said, answer) == (id, round, target), "not so routed");
+                self.check_peer(id, *link);
+                assert_eq!(run.thread.next(run.max_rounds), Next::Ask);
+                self.runs.get_mut(&id).unwrap().thread.route = Some(target.clone());
             }
             RunEvent::WorkerLost {
                 invocation, death, ..
@@ -690,6 +794,31 @@ impl Oracle {
             }
             RunEvent::Queued(_) | RunEvent::Imported(_) => {}
         }
+    }
+
+    /// Only who has the run may speak of it.
+    fn check_peer(&self, id: RunId, link: LinkId) {
+        let run = &self.runs[&id];
+        let accepted = self.desks[run.workflow].accepted;
+        assert_eq!(
+            accepted,
+            Some((link, run.invocation)),
+            "I5: a stale worker's message"
+        );
+        assert!(
+            !self.is_superseded(run.workflow, run.invocation),
+            "I5: a stale worker's message"
+        );
+    }
+
+    fn check_speaker(&self, id: RunId, link: LinkId, role: &str) {
+        self.check_peer(id, link);
+        let run = &self.runs[&id];
+        let is_role = match run.thread.next(run.max_rounds) {
+            Next::Any => run.thread.rounds < run.max_rounds,
+            next => next == Next::Role(spoken(role)),
+        };
+        assert!(is_role, "{id:?} is not {role}'s to speak in");
     }
 
     pub(super) fn queued(&mut self, id: RunId, accepted: &Accepted, input: Option<&Input>) {

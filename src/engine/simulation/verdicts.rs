@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::super::{Input, Stop, UnitState};
 use super::definitions::{Next, index, name};
 use super::machine::{Machine, SECOND, number};
-use super::oracle::{Oracle, READY_US, SLACK_US};
+use super::oracle::{Desk, Oracle, READY_US, SLACK_US, row};
 use crate::model::name::RunId;
 use crate::model::run::{BootInstant, Place};
 use crate::model::status::RunResult;
@@ -133,7 +133,7 @@ impl Oracle {
                     let told = self.desks[workflow].told.as_ref();
                     let is_unit_stopped = told.is_some_and(|told| told.stop != Stop::Nobody);
                     assert!(
-                        is_stop || is_unit_stopped,
+                        is_stop || is_unit_stopped || self.desks[workflow].forced == invocation,
                         "nobody stopped worker {invocation}"
                     );
                 } else if death.cause != Cause::Unknown {
@@ -180,6 +180,7 @@ impl Oracle {
             }
             (RunResult::QueueFull, Overflow::Drop) if is_new => {
                 !self.has_free_slot(run.workflow, definition)
+                    || !self.is_of_one_kind(desk, definition)
                     || self.down_until != 0
                     || !self.is_listed
                     || desk.told.is_none()
@@ -260,11 +261,23 @@ impl Oracle {
             RunResult::StartLimitHit => run.is_doomed,
             RunResult::UnitRefused => desk.is_refused,
             natural => {
-                let next = run.thread.next(run.max_rounds);
-                run.reported.contains(natural) && next == Next::End(natural.clone())
+                let may_be = match run.thread.next(run.max_rounds) {
+                    Next::End(next) => next == *natural,
+                    Next::Ask => *natural == RunResult::BadRoute,
+                    Next::Any => [0, 1, 2].contains(&row(natural).1),
+                    Next::Role(_) => false,
+                };
+                run.reported.contains(natural) && may_be
             }
         };
         assert!(is_right, "I3: {id:?} ends {result}: {run:?}");
+    }
+
+    /// Who has a slot wants the worker that is wanted now.
+    fn is_of_one_kind(&self, desk: &Desk, definition: &Definition) -> bool {
+        let exec = |definition: &Definition| definition.workflow.worker.exec.len();
+        let mut started = desk.started.iter().map(|id| &self.runs[id]);
+        started.all(|run| run.definition.as_deref().map(exec) == Some(exec(definition)))
     }
 
     /// Nothing keeps a run of this workflow in the queue but that there may be no slot, for all that is surely known.
@@ -280,6 +293,7 @@ impl Oracle {
                 && self.down_until == 0
                 && !desk.is_closed()
                 && desk.draining != Some(desk.newest)
+                && self.is_of_one_kind(desk, definition)
                 && (is_ours && told.stop == Stop::Nobody && told.read == desk.read)
                 && told
                     .settings

@@ -5,12 +5,13 @@ use std::collections::{BTreeMap, VecDeque};
 use serde_json::Map;
 
 use super::super::{Dispatch, LinkId, Order};
-use super::definitions::{Next, Thread};
-use super::machine::{Process, exited};
+use super::definitions::{Kind, Next, Thread};
+use super::machine::{Process, SECOND, exited};
 use super::world::{Link, World};
 use crate::model::message::Message;
 use crate::model::name::RunId;
 use crate::model::status::RunResult;
+use crate::model::workflow::Target;
 
 /// A worker's main process.
 #[derive(Debug)]
@@ -33,6 +34,10 @@ pub(super) struct Task {
     pub(super) thread: Thread,
     max_rounds: u32,
     acked: u32,
+    /// What it waits for within a round.
+    awaits: Option<Order>,
+    /// When the next attempt may begin.
+    attempt_at: u64,
     /// When it is to end 124, in µs of this boot.
     deadline: Option<u64>,
     pub(super) is_executing: bool,
@@ -55,6 +60,18 @@ pub(super) enum Up {
         round: u32,
         message: Message,
     },
+    Attempt {
+        run: RunId,
+        round: u32,
+        attempt: u32,
+        message: Message,
+        delay_us: u64,
+    },
+    Routed {
+        run: RunId,
+        round: u32,
+        target: Target,
+    },
     Ended {
         run: RunId,
         result: RunResult,
@@ -66,6 +83,26 @@ pub(super) enum Up {
 pub(super) enum Down {
     Order(Order),
     Assign(Dispatch, Thread),
+}
+
+impl Up {
+    /// What lets the worker go on within a round.
+    fn awaits(&self) -> Option<Order> {
+        match *self {
+            Self::Attempt {
+                run,
+                round,
+                attempt,
+                ..
+            } => Some(Order::AttemptAck {
+                run,
+                round,
+                attempt,
+            }),
+            Self::Routed { run, round, .. } => Some(Order::RouteAck { run, round }),
+            Self::Ready(_) | Self::Message { .. } | Self::Ended { .. } => None,
+        }
+    }
 }
 
 pub(super) fn message(role: &str, status: &str, result: &str, content: u64) -> Message {
@@ -83,6 +120,14 @@ pub(super) fn message(role: &str, status: &str, result: &str, content: u64) -> M
 impl Task {
     pub(super) fn has_deadline(&self) -> bool {
         self.deadline.is_some()
+    }
+
+    /// When it goes on by itself, if it waits for that.
+    pub(super) fn wakes_at(&self, now: u64) -> Option<u64> {
+        let at = self
+            .deadline
+            .map_or(self.attempt_at, |deadline| deadline.min(self.attempt_at));
+        (at > now && self.awaits.is_none() && !self.is_executing && !self.is_ended).then_some(at)
     }
 }
 
@@ -110,9 +155,12 @@ impl Worker {
     fn obey(&mut self, down: Down, up: &mut VecDeque<Up>, now: u64) -> bool {
         match down {
             Down::Assign(dispatch, thread) => {
+                let wait = dispatch.failed.map_or(0, |(_, wait)| wait);
                 let task = Task {
                     max_rounds: dispatch.max_rounds,
                     acked: thread.rounds,
+                    awaits: None,
+                    attempt_at: now + wait,
                     thread,
                     deadline: dispatch.timeout_us.map(|left| now + left),
                     is_executing: false,
@@ -150,6 +198,12 @@ impl Worker {
                     task.unacked.retain(
                         |up| !matches!(up, Up::Message { round: said, .. } if *said == round),
                     );
+                }
+            }
+            Down::Order(order @ (Order::AttemptAck { run, .. } | Order::RouteAck { run, .. })) => {
+                if let Some(task) = self.tasks.get_mut(&run) {
+                    task.awaits.take_if(|awaited| *awaited == order);
+                    task.unacked.retain(|up| up.awaits() != Some(order.clone()));
                 }
             }
             Down::Order(Order::EventAck { run }) => {
@@ -261,7 +315,7 @@ impl World {
                 return false;
             }
             processes.remove(own);
-            if custom && self.random.chance(30) {
+            if custom && !task.thread.is_own && self.random.chance(30) {
                 let invocation = worker.invocation;
                 processes.push(Process {
                     invocation,
@@ -292,15 +346,25 @@ impl World {
             self.end(worker, run, RunResult::Aborted);
         } else if let Next::End(result) = task.thread.next(task.max_rounds) {
             self.end(worker, run, result);
-        } else if task.acked < task.thread.rounds {
+        } else if task.acked < task.thread.rounds || task.awaits.is_some() {
             return false;
         } else if is_late && !custom {
             self.end(worker, run, RunResult::Timeout);
+        } else if task.attempt_at > self.machine.now.boot_us {
+            return false;
+        } else if task.thread.next(task.max_rounds) == Next::Ask {
+            self.ask(worker, run);
+        } else if task.thread.kind == Kind::Worker
+            && (task.thread.rounds >= task.max_rounds || self.random.chance(30))
+        {
+            let results = [RunResult::Success, RunResult::ExitCode(3)];
+            let result = self.random.pick(&results);
+            self.end(worker, run, result);
         } else {
             task.is_executing = true;
             let is_slow = self.is_chaos && self.random.chance(5);
-            self.oracle
-                .executes(run, task.thread.rounds + 1, invocation, &self.machine);
+            let which = (task.thread.rounds + 1, task.thread.failed);
+            self.oracle.executes(run, which, invocation, &self.machine);
             let process = Process {
                 invocation,
                 is_left: false,
@@ -318,10 +382,27 @@ impl World {
         self.next_content += 1;
         let task = worker.tasks.get_mut(&run).unwrap();
         task.is_executing = false;
-        let Next::Role(role) = task.thread.next(task.max_rounds) else {
-            return;
+        let role = match task.thread.next(task.max_rounds) {
+            Next::Role(role) => role,
+            Next::Any => "a",
+            Next::Ask | Next::End(_) => return,
         };
-        let message = message(role, status, result, self.next_content);
+        let mut message = message(role, status, result, self.next_content);
+        message.timestamp = self.machine.now.boot_us;
+        if status == "error" && task.thread.failed < 3 && self.random.chance(50) {
+            let delay_us = self.random.pick(&[0, SECOND, 20 * SECOND]);
+            task.thread.failed += 1;
+            task.attempt_at = self.machine.now.boot_us + delay_us;
+            let up = Up::Attempt {
+                run,
+                round: task.thread.rounds + 1,
+                attempt: task.thread.failed,
+                message,
+                delay_us,
+            };
+            task.awaits = up.awaits();
+            return worker.say(run, up, self.link(worker.link));
+        }
         task.thread.push(message.clone());
         let round = task.thread.rounds;
         worker.say(
@@ -333,6 +414,23 @@ impl World {
             },
             self.link(worker.link),
         );
+    }
+
+    /// The moderator is asked.
+    fn ask(&mut self, worker: &mut Worker, run: RunId) {
+        let role = |name: &str| Target::Role(name.parse().unwrap());
+        let target = match self.random.below(8) {
+            0..3 => role("a"),
+            3..6 => role("b"),
+            6 => Target::End,
+            _ => return self.end(worker, run, RunResult::BadRoute),
+        };
+        let task = worker.tasks.get_mut(&run).unwrap();
+        task.thread.route = Some(target.clone());
+        let round = task.thread.rounds + 1;
+        let up = Up::Routed { run, round, target };
+        task.awaits = up.awaits();
+        worker.say(run, up, self.link(worker.link));
     }
 
     fn end(&mut self, worker: &mut Worker, run: RunId, result: RunResult) {

@@ -240,11 +240,19 @@ impl World {
 
     /// The next deadline passes, if there is one.
     pub(super) fn await_deadline(&mut self) -> bool {
-        let Some(at) = self
+        let now = self.machine.now.boot_us;
+        let workers = self
+            .machine
+            .services
+            .iter()
+            .filter_map(|service| service.worker.as_ref());
+        let tasks = workers.flat_map(|worker| worker.tasks.values());
+        let wakes_at = tasks.filter_map(|task| task.wakes_at(now)).min();
+        let deadline = self
             .nerved
             .as_ref()
-            .and_then(|nerved| nerved.engine.deadline())
-        else {
+            .and_then(|nerved| nerved.engine.deadline());
+        let Some(at) = deadline.into_iter().chain(wakes_at).min() else {
             return false;
         };
         let wait = at.saturating_sub(self.machine.now.boot_us);

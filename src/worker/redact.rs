@@ -1,0 +1,202 @@
+//! Replaces secrets by `[redacted]`, in whole texts and in what comes piece by piece.
+//!
+//! It holds against accidents (a command that echoes its environment, a server that quotes a header), not against a
+//! role that wants a secret out: whoever has one can write it in another form.
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+/// What stands where a secret stood.
+const MARK: &[u8] = b"[redacted]";
+/// What is shorter is no secret, and would be found everywhere.
+const SHORTEST: usize = 8;
+
+/// Knows the secrets of one process.
+#[derive(Clone, Default)]
+pub struct Redactor {
+    forms: Vec<Vec<u8>>,
+}
+
+impl std::fmt::Debug for Redactor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Redactor({} forms)", self.forms.len())
+    }
+}
+
+impl Redactor {
+    /// Each secret as it is without white space around it, line by line, and as JSON writes it.
+    #[must_use]
+    pub fn new<S: AsRef<[u8]>>(secrets: impl IntoIterator<Item = S>) -> Self {
+        let mut forms = Vec::new();
+        for secret in secrets {
+            let secret = secret.as_ref().trim_ascii();
+            let lines = secret.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
+            for form in lines.chain([secret]).filter(|form| form.len() >= SHORTEST) {
+                let json = serde_json::Value::from(String::from_utf8_lossy(form)).to_string();
+                // Without the quotes.
+                forms.extend([form.to_vec(), json[1..json.len() - 1].into()]);
+            }
+        }
+        forms.sort_unstable();
+        forms.dedup();
+        Self { forms }
+    }
+
+    /// The text without secrets.
+    #[must_use]
+    pub fn redact<'a>(&self, text: &'a str) -> Cow<'a, str> {
+        match self.redact_bytes(text.as_bytes()) {
+            Cow::Borrowed(_) => Cow::Borrowed(text),
+            Cow::Owned(bytes) => Cow::Owned(String::from_utf8_lossy(&bytes).into_owned()),
+        }
+    }
+
+    /// The bytes without secrets.
+    #[must_use]
+    pub fn redact_bytes<'a>(&self, bytes: &'a [u8]) -> Cow<'a, [u8]> {
+        let found = self.found(bytes);
+        if found.is_empty() {
+            return Cow::Borrowed(bytes);
+        }
+        let (mut clean, mut start) = (Vec::with_capacity(bytes.len()), 0);
+        for Range { start: from, end } in found {
+            clean.extend_from_slice(&bytes[start..from]);
+            clean.extend_from_slice(MARK);
+            start = end;
+        }
+        clean.extend_from_slice(&bytes[start..]);
+        Cow::Owned(clean)
+    }
+
+    /// For bytes that come in pieces.
+    #[must_use]
+    pub fn stream(&self) -> Stream {
+        Stream {
+            redactor: self.clone(),
+            held: Vec::new(),
+        }
+    }
+
+    /// Where secrets are, in order; those that overlap are one.
+    fn found(&self, bytes: &[u8]) -> Vec<Range<usize>> {
+        let mut found: Vec<Range<usize>> = Vec::new();
+        for form in &self.forms {
+            let at = bytes.windows(form.len()).enumerate();
+            found.extend(
+                at.filter(|(_, window)| window == form)
+                    .map(|(at, _)| at..at + form.len()),
+            );
+        }
+        found.sort_unstable_by_key(|range| range.start);
+        found.dedup_by(|next, last| {
+            let overlaps = next.start < last.end;
+            if overlaps {
+                last.end = last.end.max(next.end);
+            }
+            overlaps
+        });
+        found
+    }
+
+    /// Where the end of these bytes begins that may be the beginning of a secret.
+    fn open(&self, bytes: &[u8]) -> usize {
+        let longest = self.forms.iter().map(|form| {
+            let most = bytes.len().min(form.len() - 1);
+            (1..=most)
+                .rev()
+                .find(|length| bytes.ends_with(&form[..*length]))
+                .unwrap_or(0)
+        });
+        bytes.len() - longest.max().unwrap_or(0)
+    }
+}
+
+/// Redacts what comes in pieces: the end of a piece that may be the beginning of a secret waits for the next one.
+#[derive(Debug)]
+pub struct Stream {
+    redactor: Redactor,
+    held: Vec<u8>,
+}
+
+impl Stream {
+    /// What can be said after one more piece.
+    pub fn push(&mut self, piece: &[u8]) -> Vec<u8> {
+        self.held.extend_from_slice(piece);
+        let found = self.redactor.found(&self.held);
+        let whole = found.last().map_or(0, |range| range.end);
+        let rest = self
+            .held
+            .split_off(self.redactor.open(&self.held).max(whole));
+        let ready = std::mem::replace(&mut self.held, rest);
+        self.redactor.redact_bytes(&ready).into_owned()
+    }
+
+    /// What was held back, when no piece follows.
+    pub fn finish(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.held)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SECRET: &str = "sk-canary-0123456789";
+
+    #[test]
+    fn a_secret_is_found_as_it_is_and_as_json_writes_it() {
+        let redactor = Redactor::new([format!(" {SECRET}\n"), "pass\"word\\1\"".to_owned()]);
+        let text = format!("a {SECRET}{SECRET} b {:?} c", "pass\"word\\1\"");
+        assert_eq!(
+            redactor.redact(&text),
+            "a [redacted][redacted] b \"[redacted]\" c"
+        );
+        assert!(matches!(redactor.redact("nothing"), Cow::Borrowed(_)));
+    }
+
+    #[test]
+    fn each_line_of_a_long_secret_is_one_and_what_is_short_is_none() {
+        let redactor = Redactor::new(["-----BEGIN KEY-----\nAAAABBBBCCCC\nxy\n", "root"]);
+        let redacted = redactor.redact_bytes(b"AAAABBBBCCCC xy root");
+        assert_eq!(&*redacted, b"[redacted] xy root");
+    }
+
+    #[test]
+    fn overlapping_secrets_leave_nothing_of_either() {
+        let redactor = Redactor::new(["abcdefgh", "efghijkl"]);
+        assert_eq!(redactor.redact("<abcdefghijkl>"), "<[redacted]>");
+    }
+
+    proptest! {
+        #[test]
+        fn no_occurrence_is_left_however_the_text_comes(
+            secrets in proptest::collection::vec("[ab]{8,12}", 1..4),
+            parts in proptest::collection::vec("[abc]{0,20}", 0..6),
+            chosen in proptest::collection::vec(any::<prop::sample::Index>(), 6),
+            size in 1_usize..9,
+        ) {
+            let redactor = Redactor::new(&secrets);
+            let text: String = parts.iter().zip(chosen)
+                .flat_map(|(part, index)| [part.as_str(), index.get(&secrets[..]).as_str()])
+                .collect();
+            let mut stream = redactor.stream();
+            let mut streamed: Vec<u8> = text.as_bytes().chunks(size).flat_map(|piece| stream.push(piece)).collect();
+            streamed.extend(stream.finish());
+            for clean in [redactor.redact(&text).into_owned(), String::from_utf8(streamed).unwrap()] {
+                for secret in &secrets {
+                    prop_assert!(!clean.contains(secret.as_str()), "{clean}");
+                }
+            }
+        }
+
+        #[test]
+        fn what_has_no_secret_comes_through_as_it_is(text in ".{0,200}", size in 1_usize..9) {
+            let mut stream = Redactor::new([SECRET]).stream();
+            let mut streamed: Vec<u8> = text.as_bytes().chunks(size).flat_map(|piece| stream.push(piece)).collect();
+            streamed.extend(stream.finish());
+            prop_assert_eq!(streamed, text.into_bytes());
+        }
+    }
+}
