@@ -142,7 +142,7 @@ mod tests {
         let text = |lines: &[&str]| {
             lines
                 .iter()
-                .map(|line| format!("{line}\n"))
+                .map(|line| [*line, "\n"].concat())
                 .collect::<String>()
         };
         let old = text(&[
@@ -198,6 +198,6 @@ mod tests {
             }
         }
         new.extend(&old[at..]);
-        new.iter().map(|line| format!("{line}\n")).collect()
+        new.iter().map(|line| [*line, "\n"].concat()).collect()
     }
 }

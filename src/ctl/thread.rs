@@ -121,9 +121,10 @@ mod tests {
 
     #[test]
     fn a_role_sees_the_same_parts_of_its_thread_as_everybody() {
-        let text: String = (0..4)
-            .map(|n| format!("{{\"round\":{n},\"role\":\"a\",\"content\":\"\",\"meta\":{{\"status\":\"ok\"}},\"timestamp\":1}}\n"))
-            .collect();
+        let line = r#"{"round":N,"role":"a","content":"","meta":{"status":"ok"},"timestamp":1}"#;
+        let text = ["0", "1", "2", "3"]
+            .map(|number| line.replace('N', number))
+            .join("\n");
         let numbers = |lines, before| {
             let rounds = part(read(&text).unwrap(), lines, before);
             rounds.iter().map(|round| round.round).collect::<Vec<_>>()

@@ -5,7 +5,6 @@ It plays the three agents of develop-workflow in their workspace: a planner; a c
 workflow that fails when it is tried, and mends it when told; a reviewer who rejects once."""
 
 import pathlib
-import re
 import sys
 
 NAME = "add-numbers"
@@ -39,11 +38,10 @@ def main():
     if "Plan only" in prompt:
         answer("One role, awk, that adds what the prompt has.", status="planned", name=NAME, trial='"1 2 39"')
     elif "Go in small passes" in prompt:
-        if not re.search("You said before", prompt):
+        if "You said before" not in prompt:
             answer("The file is begun.", status="continue")
             return
-        text = DEFINITION.replace("{PROGRAM}", RIGHT if "It was tried" in prompt or "42" in prompt else WRONG)
-        # A reviewer that was heard stays heard.
+        text = DEFINITION.replace("{PROGRAM}", RIGHT if "It was tried" in prompt else WRONG)
         if "The reviewer wants" in prompt:
             text = COMMENTED + DEFINITION.replace("{PROGRAM}", RIGHT)
         file.write_text(text)
