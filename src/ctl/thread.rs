@@ -66,8 +66,8 @@ fn show(arguments: &Thread, rounds: &[Round]) -> Result<(), Failure> {
 fn own(arguments: &Thread) -> Result<Vec<Round>, Failure> {
     let Some(path) = env::var_os(THREAD) else {
         return Err(Failure::Usage(format!(
-            "no run is named, and {THREAD} is not set, so this is no role of one; say which: `nervectl thread RUN`, and \
-             `nervectl workflow list` has them"
+            "no run is named, and {THREAD} is not set, so this is no role of one; say which: `nervectl thread RUN`; \
+             see `nervectl workflow list`, and `nervectl thread --help`"
         )));
     };
     if arguments.follow {
