@@ -25,6 +25,8 @@ class DevelopWorkflow(Case):
         AGENT.chmod(0o755)
         SETTINGS.parent.mkdir(mode=0o755, exist_ok=True)
         SETTINGS.write_text(f"agents:\n  claude:\n    exec: [python3, {AGENT}]\n")
+        WORKSPACE.mkdir(parents=True)
+        shutil.chown(WORKSPACE, "build", "build")
         ctl("install", EXAMPLE)
 
     @classmethod
@@ -32,17 +34,16 @@ class DevelopWorkflow(Case):
         shutil.rmtree("/etc/nerve/workspaces")
         AGENT.unlink()
         SETTINGS.unlink()
+        shutil.rmtree(WORKSPACE)
         super().tearDownClass()
         sh("userdel", "--remove", "build", check=False)
 
     def setUp(self):
         super().setUp()
-        shutil.rmtree(WORKSPACE, ignore_errors=True)
-        WORKSPACE.mkdir(parents=True)
-        shutil.chown(WORKSPACE, "build", "build")
+        # The directory stays, since the worker that another test has started can write to this one only.
+        sh("find", WORKSPACE, "-mindepth", "1", "-delete")
         self.as_build("nervectl", "init", WORKSPACE)
         self.as_build("git", "-C", WORKSPACE, "init", "--quiet")
-        self.addCleanup(shutil.rmtree, WORKSPACE)
 
     def as_build(self, *argv):
         return sh("runuser", "-u", "build", "--", *argv)
