@@ -11,7 +11,7 @@ use super::{Failure, print};
 use crate::os::disk;
 
 /// The files of a workspace, and what is in them.
-const FILES: [(&str, &str); 4] = [
+const FILES: [(&str, &str); 5] = [
     (
         "nerve.yaml",
         include_str!("../../packaging/usr/share/nerve/workspace/nerve.yaml"),
@@ -28,25 +28,17 @@ const FILES: [(&str, &str); 4] = [
         ".gitignore",
         include_str!("../../packaging/usr/share/nerve/workspace/gitignore"),
     ),
+    (
+        "workflow.schema.json",
+        include_str!("../../packaging/usr/share/nerve/workflow.schema.json"),
+    ),
 ];
-
-/// The schema that editors check workflows by: as it is installed, and its copy in a workspace.
-const SCHEMA: (&str, &str) = (
-    "workflow.schema.json",
-    "/usr/share/nerve/workflow.schema.json",
-);
 
 /// Writes what is not there yet, or with `--force` everything, and says of each file what became of it.
 pub(super) fn init(arguments: &Init) -> Result<u8, Failure> {
     let directory = &arguments.directory;
-    let mut files: Vec<(&str, Vec<u8>)> = FILES
-        .iter()
-        .map(|(name, text)| (*name, text.as_bytes().to_vec()))
-        .collect();
-    // A machine without nerve has no use for it.
-    files.extend(fs::read(SCHEMA.1).ok().map(|schema| (SCHEMA.0, schema)));
     let mut said = String::new();
-    for (name, bytes) in files {
+    for (name, text) in FILES {
         let path = directory.join(name);
         let shown = path.display().to_string();
         let is_there = fs::symlink_metadata(&path).is_ok();
@@ -56,7 +48,7 @@ pub(super) fn init(arguments: &Init) -> Result<u8, Failure> {
             (false, _) => "wrote   ",
         };
         if !is_there || arguments.force {
-            write(&path, &bytes).map_err(|error| {
+            write(&path, text.as_bytes()).map_err(|error| {
                 Failure::Input(format!("cannot write {}: {error}", line(&shown)))
             })?;
         }

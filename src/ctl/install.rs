@@ -13,9 +13,8 @@ use rustix::fs::{Mode, OFlags};
 
 use super::cli::Install;
 use super::text::line;
-use super::{Failure, Settings, control, difference, note, print};
+use super::{Failure, Settings, control, difference, note, print, validate};
 use crate::bus::error::CallError;
-use crate::config::diagnostic::Severity;
 use crate::config::{definition, settings};
 use crate::model::limits;
 use crate::model::name::WorkflowName;
@@ -110,10 +109,9 @@ impl Workspace {
 
     /// Whether all of it can be used; says what is wrong with any of it.
     fn is_right(&self) -> bool {
-        let mut is_right = true;
-        for (target, source, bytes) in &self.files {
+        let faults = |(target, source, bytes): &(PathBuf, PathBuf, Vec<u8>)| {
             let shown = source.display().to_string();
-            let faults = if !target.starts_with("workflows") {
+            if !target.starts_with("workflows") {
                 settings::parse(&shown, bytes).1
             } else if bytes.is_empty() {
                 // It hides another one of its name.
@@ -121,13 +119,10 @@ impl Workspace {
             } else {
                 let stem = source.file_stem().map(|stem| stem.to_string_lossy());
                 definition::parse(&shown, stem.as_deref(), bytes).diagnostics
-            };
-            for fault in &faults {
-                note(&fault.to_string());
             }
-            is_right &= faults.iter().all(|fault| fault.severity != Severity::Error);
-        }
-        is_right
+        };
+        let files = self.files.iter();
+        validate::tell(files.map(|file| (faults(file), file.2.as_slice())))
     }
 }
 

@@ -20,9 +20,8 @@ use super::paper::Paper;
 use super::start::interrupts;
 use super::text::{line, span};
 use super::wait::Interrupts;
-use super::{Failure, Settings, input, note, now, print, render};
+use super::{Failure, Settings, input, note, now, print, render, validate};
 use crate::bus::client::Round;
-use crate::config::diagnostic::Severity;
 use crate::config::directory::{self, Found, Trust};
 use crate::config::{definition, settings};
 use crate::model::limits;
@@ -43,13 +42,7 @@ pub(super) async fn try_out(settings: &Settings, arguments: &Try) -> Result<u8, 
         .file_stem()
         .map(|stem| stem.to_string_lossy());
     let parsed = definition::parse(&name, stem.as_deref().filter(|stem| *stem != "-"), &bytes);
-    for fault in &parsed.diagnostics {
-        note(&fault.to_string());
-    }
-    let is_right = parsed
-        .diagnostics
-        .iter()
-        .all(|fault| fault.severity != Severity::Error);
+    let is_right = validate::tell([(parsed.diagnostics, bytes.as_slice())]);
     let Some(definition) = parsed.definition.filter(|_| is_right) else {
         return Ok(BROKEN);
     };
@@ -93,9 +86,7 @@ fn known(settings: &Settings, file: &Path) -> settings::Settings {
     }) {
         Some((path, Found::Bytes(bytes))) => {
             let (own, faults) = settings::parse(&path, &bytes);
-            for fault in &faults {
-                note(&fault.to_string());
-            }
+            validate::tell([(faults, bytes.as_slice())]);
             known.beaten_by(own.unwrap_or_default())
         }
         _ => known,

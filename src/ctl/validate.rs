@@ -195,6 +195,17 @@ impl Verdict {
     }
 }
 
+/// Shows what is wrong with texts, each with its text; whether all of them can be used.
+pub(super) fn tell<'a>(found: impl IntoIterator<Item = (Vec<Diagnostic>, &'a [u8])>) -> bool {
+    let mut verdict = Verdict::default();
+    for (diagnostics, source) in found {
+        verdict.files += 1;
+        verdict.add(diagnostics, source);
+    }
+    show(&verdict);
+    verdict.count(Severity::Error) == 0
+}
+
 /// Whether a file is one of the engine's, by where it is.
 fn is_settings(path: &Path) -> bool {
     path.file_name() == Some(OsStr::new("nerve.yaml"))
