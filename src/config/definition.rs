@@ -353,9 +353,9 @@ fn worker(
     settings
 }
 
-/// What the definition expects and this machine does not have: executables, paths, users, groups, and what nerve.yaml
-/// provides, which is `tools`. Warnings, since a
-/// round ends in `exec-failed`, or the worker cannot be started, only if it is still so then. Looks at the file system.
+/// What the definition expects and this machine does not have: executables, paths, users, groups, and providers and agents
+/// of nerve.yaml, whose `tools` are given. Warnings, since a round ends in `exec-failed`, or the worker cannot be started,
+/// only if it is still so then. Looks at the file system.
 #[must_use]
 pub fn host_warnings(parsed: &Parsed, tools: &Tools) -> Vec<Diagnostic> {
     host::warnings(&parsed.path, &parsed.host_checks, Path::new("/"), tools)

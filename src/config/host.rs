@@ -45,7 +45,7 @@ pub(super) fn warnings(
     };
     let mut reader = Reader::default();
     for (place, check) in checks {
-        let mut named = |section: &str, name: &str, known: Vec<&String>| {
+        let mut provided = |section: &str, name: &str, known: Vec<&String>| {
             if known.iter().any(|known| *known == name) {
                 return;
             }
@@ -63,11 +63,11 @@ pub(super) fn warnings(
         };
         let (what, name, file) = match check {
             HostCheck::Provider(name) => {
-                named("providers", name, tools.providers.keys().collect());
+                provided("providers", name, tools.providers.keys().collect());
                 continue;
             }
             HostCheck::Agent(name) => {
-                named("agents", name, tools.agents.keys().collect());
+                provided("agents", name, tools.agents.keys().collect());
                 continue;
             }
             HostCheck::Executable { subject, path } => {

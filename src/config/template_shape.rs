@@ -97,7 +97,11 @@ pub(super) fn line_at(source: &str, at: usize) -> usize {
 /// The bytes of a line, which is from 1, without the blanks around it.
 pub(super) fn line_of(source: &str, line: usize) -> Range<usize> {
     let mut lines = source.split_inclusive('\n');
-    let start: usize = lines.by_ref().take(line - 1).map(str::len).sum();
+    let start: usize = lines
+        .by_ref()
+        .take(line.saturating_sub(1))
+        .map(str::len)
+        .sum();
     let line = lines.next().unwrap_or_default();
     let blanks = line.len() - line.trim_start().len();
     start + blanks..start + blanks.max(line.trim_end().len())

@@ -11,8 +11,10 @@ use nerve::worker::protocol::{self, ToManager, ToWorker};
 use serde::de::DeserializeOwned;
 use serde_json::json;
 
+type Target = fn(&[u8]);
+
 /// By name; each has its corpus in `corpus/NAME`.
-pub const ALL: [(&str, fn(&[u8])); 5] = [
+pub const ALL: [(&str, Target); 5] = [
     ("definition", definition),
     ("settings", settings),
     ("template", template),
