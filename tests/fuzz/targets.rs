@@ -2,24 +2,27 @@
 //! returns, whatever it gets; a fault is a panic, and for libFuzzer too much time or memory.
 
 use nerve::config::diagnostic::Diagnostic;
+use nerve::config::meta::Checker;
 use nerve::config::picture::{Paint, draw};
 use nerve::config::{definition, settings, template};
 use nerve::model::limits;
 use nerve::model::message::Message;
 use nerve::model::name::RunId;
 use nerve::worker::protocol::{self, ToManager, ToWorker};
+use nerve::worker::reply;
 use serde::de::DeserializeOwned;
 use serde_json::json;
 
 type Target = fn(&[u8]);
 
 /// By name; each has its corpus in `corpus/NAME`.
-pub const ALL: [(&str, Target); 5] = [
+pub const ALL: [(&str, Target); 6] = [
     ("definition", definition),
     ("settings", settings),
     ("template", template),
     ("unit", unit),
     ("frame", frame),
+    ("reply", reply),
 ];
 
 /// What is said is one line each, and no picture has a control character.
@@ -111,4 +114,21 @@ fn frame(bytes: &[u8]) {
     }
     all::<ToManager>(bytes);
     all::<ToWorker>(bytes);
+}
+
+/// A reply that is taken satisfies its schema, and what is wrong with another one can be told to the role.
+fn reply(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else {
+        return;
+    };
+    let schema = json!({
+        "type": "object",
+        "properties": {"status": {"enum": ["done", "again"]}, "count": {"type": "integer"}, "why": {"type": "string"}},
+        "required": ["status"],
+    });
+    let checker = Checker::new(&schema).unwrap();
+    match reply::read(text, &checker) {
+        Ok(reply) => assert!(checker.check(reply.meta).is_ok()),
+        Err(fault) => assert!(!reply::correction(&fault).is_empty()),
+    }
 }
