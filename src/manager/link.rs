@@ -232,7 +232,7 @@ enum Breach {
 
 /// What a worker says of an end, as long as what a person says of it may be.
 fn shortened(mut detail: String) -> String {
-    detail.truncate(detail.floor_char_boundary(limits::REASON_BYTES));
+    crate::model::text::shorten(&mut detail, limits::REASON_BYTES);
     detail
 }
 

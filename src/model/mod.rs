@@ -16,6 +16,7 @@ pub mod retention;
 pub mod role;
 pub mod run;
 pub mod status;
+pub mod text;
 pub mod time;
 pub mod tools;
 pub mod worker;

@@ -435,7 +435,8 @@ fn heed(order: Option<Order>) -> Result<(), End> {
 
 /// From 0 to 1, whatever it is.
 fn jitter() -> f64 {
-    f64::from(RandomState::new().hash_one(()) as u32) / f64::from(u32::MAX)
+    let random = u32::try_from(RandomState::new().hash_one(()) >> 32);
+    f64::from(random.unwrap_or(0)) / f64::from(u32::MAX)
 }
 
 /// How a result is said in the protocol.

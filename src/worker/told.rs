@@ -6,6 +6,7 @@ use crate::config::meta::Checker;
 use crate::model::limits;
 use crate::model::message::Message;
 use crate::model::role::{Llm, Role, Work};
+use crate::model::text;
 
 /// What a role is told.
 #[derive(Debug, Default)]
@@ -69,9 +70,10 @@ impl Told {
             content: content.clone(),
         };
         // There are servers that refuse a conversation in which nobody asks anything.
-        let of_prompt = match self.user.is_empty() {
-            true => Speaker::User,
-            false => Speaker::System,
+        let of_prompt = if self.user.is_empty() {
+            Speaker::User
+        } else {
+            Speaker::System
         };
         let user = Some(&self.user).filter(|user| !user.is_empty() || self.prompt.is_none());
         let mut turns = Vec::new();
@@ -87,12 +89,10 @@ impl Told {
     /// For people, in one piece that is not too long.
     pub(super) fn shown(&self) -> String {
         let prompt = self.prompt.as_deref().unwrap_or_default();
-        let blank = match prompt.is_empty() || self.user.is_empty() {
-            true => "",
-            false => "\n\n",
-        };
+        let is_one = prompt.is_empty() || self.user.is_empty();
+        let blank = if is_one { "" } else { "\n\n" };
         let mut shown = format!("{prompt}{blank}{}", self.user);
-        shown.truncate(shown.floor_char_boundary(limits::REHEARSED_PROMPT_BYTES));
+        text::shorten(&mut shown, limits::REHEARSED_PROMPT_BYTES);
         shown
     }
 }
