@@ -1,10 +1,9 @@
 """Roles: their environment, exit codes and silence, agents, replies with a meta, corrections, dry runs. How an LLM can
-fail is in test_llm, how retries survive restarts in test_retry."""
+fail is in test_llm, how retries survive restarts in test_retries."""
 
+import hashlib
 import json
-import os
 import pathlib
-import unittest
 
 import nervebox
 import openai
@@ -77,7 +76,6 @@ class Commands(RoleCase):
         self.assertEqual(lines, ["key [redacted]"])
 
     def test_a_credential_is_handed_over_without_its_last_newline(self):
-        import hashlib
         said = self.said("hash-secret")
         self.assertEqual(said["content"].split()[0], hashlib.sha256(SECRET.encode()).hexdigest())
 
