@@ -233,6 +233,7 @@ pub(super) fn show(run: &Run, waits: Option<String>, now: u64, paper: Paper) -> 
 pub(super) fn what(kind: &str, payload: &Value) -> String {
     let text = match kind {
         "worker-lost" => worker_lost(payload),
+        "attempt-failed" => attempt_failed(payload),
         RunEvent::KILL | RunEvent::ABORT => Some(request(payload)),
         _ => None,
     };
@@ -245,6 +246,23 @@ fn worker_lost(payload: &Value) -> Option<String> {
     let invocation = payload.get("invocation")?.as_str()?;
     let attempt = payload.get("attempt")?.as_u64()?;
     let text = format!("{death}; attempt {attempt}, invocation {invocation}");
+    Some(line(&text).into_owned())
+}
+
+/// `exit-code:75; attempt 2 of round 1 by coder, again after 1s`
+fn attempt_failed(payload: &Value) -> Option<String> {
+    let message = &payload["message"];
+    let (role, result) = (
+        message["role"].as_str()?,
+        message["meta"]["result"].as_str(),
+    );
+    let (round, attempt) = (payload["round"].as_u64()?, payload["attempt"].as_u64()?);
+    let (result, delay) = (
+        result.unwrap_or("no result"),
+        span(payload["delayUs"].as_u64()?),
+    );
+    let text =
+        format!("{result}; attempt {attempt} of round {round} by {role}, again after {delay}");
     Some(line(&text).into_owned())
 }
 

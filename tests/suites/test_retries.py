@@ -115,6 +115,5 @@ class Retries(Case):
     def test_show_has_them(self):
         run = self.waiting("wait-long")
         shown = ctl("workflow", "show", run).stdout
-        self.assertIn("attempt-failed", shown)
-        self.assertIn("exit-code:1", shown)
+        self.assertRegex(shown, r"attempt-failed +exit-code:1; attempt 1 of round 1 by main, again after ([3-5]\dmin|1h)")
         ctl("workflow", "kill", run)
