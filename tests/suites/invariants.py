@@ -55,7 +55,7 @@ QUEUED, STARTED = "queued", "started"
 TABLE = {
     "success": ("completed", 0),
     **dict.fromkeys(["exit-code:", "signal:", "exec-failed", "role-timeout", "oom-kill", "reply-too-large",
-                     "template-error", "no-route:"], ("failed", 1)),
+                     "template-error", "role-stalled", "bad-reply", "bad-route", "llm-error:", "no-route:"], ("failed", 1)),
     "max-rounds": ("failed", 2),
     "timeout": ("failed", 124),
     **dict.fromkeys(["drained", "imported"], ("interrupted", 130)),
@@ -230,8 +230,8 @@ class Run:
         self.run = run
         self.status = None
         self.kill = self.abort = None
-        self.rounds = self.attempt = 0
-        self.lost = False
+        self.rounds = self.attempt = self.failed = 0
+        self.lost = self.routed = False
         self.place = None
         self.places = []
         self.started_at = self.ended_at = self.definition = self.result = None
@@ -275,7 +275,7 @@ class Run:
         self.attempt, self.place, self.lost = said["attempt"], said["place"], False
         self.places.append(said["place"])
 
-    def on_thread_workflow_message(self, said, _):
+    def must_be_next(self, said):
         self.must_be_started("a round")
         if said["round"] != self.rounds + 1:
             raise Illegal("I6", f"round {said['round']} after round {self.rounds}")
@@ -283,6 +283,22 @@ class Run:
             raise Illegal("I6", f"round {said['round']} when no worker had it")
         if self.kill:
             raise Illegal("I7", f"round {said['round']} after a kill was accepted")
+
+    def on_attempt_failed(self, said, _):
+        self.must_be_next(said)
+        if said["attempt"] != self.failed + 1:
+            raise Illegal("I6", f"attempt {said['attempt']} of a round after attempt {self.failed}")
+        self.failed += 1
+
+    def on_routed(self, said, _):
+        self.must_be_next(said)
+        if self.routed:
+            raise Illegal("I6", f"round {said['round']} is routed twice")
+        self.routed = True
+
+    def on_thread_workflow_message(self, said, _):
+        self.must_be_next(said)
+        self.failed, self.routed = 0, False
         self.rounds += 1
         self.acknowledged[self.rounds] = (self.attempt, said["message"]["meta"].get("status") == "ok")
 

@@ -57,6 +57,14 @@ def said(number, status="ok"):
         "role": "main", "content": "said", "meta": {"status": status}, "timestamp": 1}}
 
 
+def failed(number, attempt):
+    return "attempt-failed", {**said(number, "error")[1], "attempt": attempt, "delayUs": 1, "since": {"bootId": "b", "bootUs": 2}}
+
+
+def routed(number, target="main"):
+    return "routed", {"round": number, "target": target}
+
+
 def lost(attempt):
     return "worker-lost", {"invocation": f"i{attempt}", "attempt": attempt, "cause": "signal", "signal": "SIGKILL"}
 
@@ -74,7 +82,8 @@ def ended(result):
 
 
 LIVES = [
-    (FINISHED, [queued(), started(), dispatched(1), said(1), lost(1), dispatched(2), said(2), ended("success")]),
+    (FINISHED, [queued(), started(), dispatched(1), routed(1), said(1), failed(2, 1), lost(1), dispatched(2), routed(2),
+                failed(2, 2), said(2), ended("success")]),
     (KILLED, [queued(), started(), dispatched(1), said(1, "error"), kill(), ended("killed")]),
     (DROPPED, [queued(), ended("queue-full")]),
     (ABORTED, [queued(), abort(), ended("aborted")]),
@@ -297,6 +306,15 @@ class Faults(Sound):
     def test_a_round_is_there_twice(self):
         self.insert_before_end(FINISHED, *said(2))
         self.finds("I6", "round 2 after round 2")
+
+    def test_a_failed_attempt_is_missing(self):
+        self.change_event(FINISHED, "attempt-failed", 1, attempt=3)
+        self.finds("I6", "attempt 3 of a round after attempt 1")
+
+    def test_a_round_is_routed_twice(self):
+        self.insert_before_end(FINISHED, *routed(3))
+        self.insert_before_end(FINISHED, *routed(3, "$END"))
+        self.finds("I6", "round 3 is routed twice")
 
     def test_a_round_of_no_worker(self):
         self.drop_event(FINISHED, "dispatched", 1)
