@@ -329,6 +329,21 @@ mod tests {
                 ..
             }
         ));
+        let route = |target: &str| {
+            let run = "00000000000070008000000000000001";
+            let text = format!(
+                r#"{{"type":"thread-route","runId":"{run}","round":1,"target":"{target}"}}"#
+            );
+            serde_json::from_str(&text).ok()
+        };
+        assert!(matches!(
+            route("$END"),
+            Some(ToManager::ThreadRoute {
+                target: Target::End,
+                ..
+            })
+        ));
+        assert!(route("coder").is_some() && route("$START").is_none());
         assert!(serde_json::from_str::<ToManager>(r#"{"type":"surprise"}"#).is_err());
     }
 }
