@@ -210,7 +210,7 @@ mod tests {
             assert_eq!(read_as(text), Err(Fault::Missing), "{text}");
         }
         let wrong = [
-            ("---\nstatus: [\n---\n", "line 2 of the frontmatter"),
+            ("---\nstatus: [\n---\n", "line 1 of the frontmatter"),
             ("---\n---\n", "empty"),
             ("{\"status\": }", "not one JSON object"),
             ("```json\n[1]\n```", "not one JSON object"),
