@@ -26,7 +26,7 @@ FUZZ_SECONDS ?= 600
 # make crash-states: so many distinct ones.
 STATES  ?= 100000
 
-.PHONY: help setup build build-failpoints demo test test-matrix soak crash-states mutants corruption fuzz bench install uninstall clean
+.PHONY: help setup build build-failpoints demo test test-suites test-units test-matrix soak crash-states mutants corruption fuzz bench install uninstall clean
 
 help:
 	@echo 'make build        compile nerved, nervectl and nerve-worker'
@@ -58,17 +58,24 @@ build-failpoints:
 demo:
 	tests/box run -- tests/demo
 
+# The suites mostly wait for systemd, so the other half goes on meanwhile.
 test: setup
 	cargo fmt --check
 	cargo clippy --all-targets --locked -- -D warnings
 	cargo clippy --locked --features failpoints -- -D warnings
+	cargo build --release --locked
+	$(MAKE) --jobs=2 --output-sync=target test-suites test-units
+
+test-suites:
+	tests/box run --no-start -- tests/check-units
+	tests/box run -- tests/suites/run
+	tests/check-release $(BUILD)
+
+test-units:
 	cargo test --locked
 	python3 -B tests/suites/test_invariants.py
 	mandoc -T lint -W warning $(wildcard man/*.[1-8]) </dev/null
 	for script in $$(grep -rlE '^#!.*(bash|/sh)' tests .ci --exclude-dir=__pycache__); do bash -n "$$script" || exit; done
-	tests/box run --no-start -- tests/check-units
-	tests/box run -- tests/suites/run
-	tests/check-release $(BUILD)
 	tests/box run --failpoints -- tests/suites/run failpoints
 
 test-matrix:
