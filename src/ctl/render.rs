@@ -9,7 +9,7 @@ use super::paper::Paper;
 use super::render_status;
 use super::text::{ago, block, line, span, table};
 use crate::bus::client::{Dropped, ManagerStatus, Round, Run};
-use crate::model::message::OK;
+use crate::model::message::ERROR;
 use crate::model::name::{RoleName, RunId};
 use crate::model::run::{Caller, RunEvent};
 use crate::model::status::Status;
@@ -313,7 +313,8 @@ fn indented(text: &str) -> String {
     shown
 }
 
-/// `thread`: each message under a line that says whose it is; of a round that failed also why, and its stderr's tail.
+/// `thread`: each message under a line that says whose it is; of a round that failed also why, and its stderr's tail; of
+/// one that was rehearsed its prompt.
 pub(super) fn thread(
     rounds: &[Round],
     mut when: impl FnMut(&Round) -> String,
@@ -341,7 +342,11 @@ pub(super) fn thread(
         let (number, who, when) = (round.round, line(who), when(round));
         let _ = writeln!(text, "--- round {number}: {who}{facts}, {when}");
         push_lines(&mut text, "", &round.content);
-        if let Some(stderr) = said("stderr").filter(|_| status.is_some_and(|status| status != OK)) {
+        let is_dry = meta.get("dryRun") == Some(&Value::Bool(true));
+        if let Some(prompt) = said("prompt").filter(|_| is_dry) {
+            push_lines(&mut text, "prompt: ", prompt);
+        }
+        if let Some(stderr) = said("stderr").filter(|_| status == Some(ERROR)) {
             push_lines(&mut text, "stderr: ", stderr);
         }
     }
@@ -601,6 +606,12 @@ Events:
                 "",
                 r#"{"status":"error","result":"exit-code:2","stderr":"1 failed\n"}"#,
             ),
+            round(
+                3,
+                "critic",
+                "",
+                r#"{"status":"done","stderr":"noise","dryRun":true,"prompt":"Judge it.\nBe brief."}"#,
+            ),
         ];
         assert_eq!(
             thread(&rounds, moment, Paper::PLAIN),
@@ -612,6 +623,10 @@ done\\u{202e}
 
 --- round 2: tester (error, exit-code:2), 2026-11-20 10:36:22 UTC
 stderr: 1 failed
+
+--- round 3: critic (done), 2026-11-20 10:36:22 UTC
+prompt: Judge it.
+prompt: Be brief.
 "
         );
     }
