@@ -255,6 +255,12 @@ fn bounded(value: &Value, what: &str) -> Result<(), String> {
     Ok(())
 }
 
+/// Whether this may be kept as what a call took.
+#[must_use]
+pub fn is_figure(value: &Value) -> bool {
+    depth(value) <= limits::USAGE_DEPTH && value.to_string().len() <= limits::USAGE_BYTES
+}
+
 fn depth(value: &Value) -> usize {
     match value {
         Value::Object(map) => 1 + map.values().map(depth).max().unwrap_or(0),
@@ -291,6 +297,17 @@ mod tests {
         Checker::new(schema)
             .unwrap()
             .check(meta.as_object().unwrap().clone())
+    }
+
+    #[test]
+    fn a_figure_is_small_and_shallow() {
+        let nested = |depth| {
+            serde_json::from_str(&format!("{}{}", "[".repeat(depth), "]".repeat(depth))).unwrap()
+        };
+        assert!(
+            is_figure(&nested(limits::USAGE_DEPTH)) && !is_figure(&nested(limits::USAGE_DEPTH + 1))
+        );
+        assert!(!is_figure(&json!("x".repeat(limits::USAGE_BYTES))));
     }
 
     #[test]

@@ -224,8 +224,8 @@ enum Breach {
     NotReady,
     #[error("run {0} cannot end with code {1} and this result")]
     BadEnd(crate::model::name::RunId, u8),
-    #[error("round {1} of run {0} is {2} bytes, which no reply may be")]
-    TooLarge(crate::model::name::RunId, u32, usize),
+    #[error("round {1} of run {0} is more than a message may be: {2}")]
+    TooLarge(crate::model::name::RunId, u32, String),
     #[error("it said ready twice")]
     ReadyTwice,
 }
@@ -287,8 +287,9 @@ async fn converse(
                 round,
                 message,
                 ..
-            } if message.content.len() > limits::REPLY_BYTES => {
-                return Err(Breach::TooLarge(run_id, round, message.content.len()));
+            } if message.excess().is_some() => {
+                let excess = message.excess().unwrap_or_default();
+                return Err(Breach::TooLarge(run_id, round, excess));
             }
             ToManager::ThreadWorkflowMessage {
                 run_id,

@@ -181,7 +181,7 @@ impl Room {
                     ..
                 },
             ) if is_refused
-                || self.is_too_long(message.content.len())
+                || self.is_too_long(message.content.len().max(message.meta_bytes()))
                 || self.held_back.contains(&(link, run)) =>
             {
                 self.held_back.insert((link, run));

@@ -20,6 +20,8 @@ pub const INLINE_BYTES: usize = 64 * 1024;
 pub const BLOB_BYTES: u64 = 1024 * 1024 * 1024;
 /// With less than that on the disk nothing begins: what one checkpoint moves, and some long replies.
 pub const ROOM_BYTES: u64 = 16 * 1024 * 1024;
+/// What nerve itself says there of a round that failed.
+pub const NOTE_BYTES: usize = 4 * 1024;
 /// What is kept of a round's stderr.
 pub const STDERR_TAIL_BYTES: usize = 8 * 1024;
 /// Longest journal line that the worker sends on; a longer line is split.
@@ -60,6 +62,10 @@ pub const AGENT_OUTPUT_BYTES: usize = 32 * 1024 * 1024;
 pub const USAGE_BYTES: usize = 4 * 1024;
 /// Largest word of an argv: MAX_ARG_STRLEN of Linux, and the NUL behind it.
 pub const ARGUMENT_BYTES: usize = 128 * 1024 - 1;
+/// Deepest nesting of such a figure.
+pub const USAGE_DEPTH: usize = 8;
+/// Largest meta of a message, as JSON: what the reply says of itself, the tail of stderr, usage, the prompt of a dry run.
+pub const MESSAGE_META_BYTES: usize = 1024 * 1024;
 /// What is kept of a prompt in a dry run.
 pub const REHEARSED_PROMPT_BYTES: usize = 64 * 1024;
 /// A server that asks for a longer pause is asked again after this one.

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::limits;
 use super::name::RoleName;
 use super::status::RunResult;
 use super::workflow::Target;
@@ -36,6 +37,27 @@ impl Message {
     #[must_use]
     pub fn result(&self) -> Option<RunResult> {
         self.text("result")?.parse().ok()
+    }
+
+    /// What of it is more than nerved takes.
+    #[must_use]
+    pub fn excess(&self) -> Option<String> {
+        let (content, meta) = (self.content.len(), self.meta_bytes());
+        if content > limits::REPLY_BYTES {
+            Some(format!("its content has {content} bytes"))
+        } else if meta > limits::MESSAGE_META_BYTES {
+            Some(format!("its meta has {meta} bytes"))
+        } else if self.status().len() > limits::STATUS_BYTES {
+            Some(format!("its status has {} bytes", self.status().len()))
+        } else {
+            None
+        }
+    }
+
+    /// Length of the meta as JSON.
+    #[must_use]
+    pub fn meta_bytes(&self) -> usize {
+        serde_json::to_string(&self.meta).map_or(0, |json| json.len())
     }
 
     fn text(&self, key: &str) -> Option<&str> {

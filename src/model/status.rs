@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use super::limits;
+
 /// Where a run stands. The names are what people, the store and the bus see.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -307,6 +309,7 @@ impl FromStr for RunResult {
                 .find(|error| error.as_str() == rest)
                 .map(Self::LlmError)
                 .ok_or_else(unknown),
+            Some((_, rest)) if rest.len() > limits::STATUS_BYTES => Err(unknown()),
             Some(("signal", rest)) => Ok(Self::Signal(rest.to_owned())),
             Some(("no-route", rest)) => Ok(Self::NoRoute(rest.to_owned())),
             _ => Self::WORDS
@@ -379,6 +382,7 @@ mod tests {
             "worker-exit",
             "llm-error:odd",
             "oom",
+            &format!("no-route:{}", "x".repeat(limits::STATUS_BYTES + 1)),
         ] {
             assert!(bad.parse::<RunResult>().is_err(), "{bad}");
         }

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use crate::model::limits;
+use crate::config::meta::is_figure;
 use crate::model::tools::{Preset, ReplyForm};
 
 /// The reply, and the usage as far as it is there.
@@ -51,9 +51,7 @@ pub(super) fn read(stdout: &str, preset: &Preset) -> Result<(String, Map<String,
 /// Takes the figures that are not known yet.
 fn count(value: &Value, preset: &Preset, usage: &mut Map<String, Value>) {
     for (name, pointer) in &preset.usage {
-        let found = value
-            .pointer(pointer)
-            .filter(|found| found.to_string().len() <= limits::USAGE_BYTES);
+        let found = value.pointer(pointer).filter(|found| is_figure(found));
         if let (Some(found), false) = (found, usage.contains_key(name)) {
             usage.insert(name.clone(), found.clone());
         }

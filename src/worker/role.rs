@@ -53,7 +53,7 @@ pub(super) struct Process<'a> {
     pub stdin: Option<&'a str>,
     pub environment: &'a [(String, String)],
     /// How long it may take…
-    pub timeout: Option<Duration>,
+    pub deadline: Option<Instant>,
     /// …and how long it may say nothing.
     pub stall: Option<Duration>,
     /// Most bytes that it may write to stdout, newlines at the end aside.
@@ -198,7 +198,6 @@ impl Process<'_> {
         news: &News,
     ) -> (Exit, Option<Stop>) {
         let after = |time: Option<Duration>| time.map(|time| Instant::now() + time);
-        let role_deadline = after(self.timeout);
         let mut stall_at = after(self.stall);
         let mut stop = None;
         let mut kill_at: Option<Instant> = None;
@@ -219,7 +218,7 @@ impl Process<'_> {
                     stop = Some(Stop::RunTimeout);
                     self.terminate(limits::DEFAULT_GRACE, &mut kill_at);
                 }
-                () = at(role_deadline), if stop.is_none() => {
+                () = at(self.deadline), if stop.is_none() => {
                     stop = Some(Stop::Role(RunResult::RoleTimeout));
                     self.terminate(limits::DEFAULT_GRACE, &mut kill_at);
                 }

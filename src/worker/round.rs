@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use super::agent;
 use super::home::Home;
 use super::llm::{self, Answer, Call, Turn};
-use super::reply::{self, Fault};
+use super::reply::{self, Fault, Reply};
 use super::role::{End, Order, Output, Process};
 use super::said;
 use super::told::{Correction, Told};
@@ -45,6 +45,8 @@ pub(super) struct Round<'a> {
     pub environment: Vec<(String, String)>,
     pub number: u32,
     /// When the run's time-out passes.
+    /// When the attempt has taken too long.
+    pub deadline: Option<Instant>,
     pub run_deadline: Option<Instant>,
 }
 
@@ -100,7 +102,7 @@ impl Round<'_> {
             },
             Err(Stop::Run(result)) => return Err(result),
         };
-        said::redact(&mut said.message, &self.home.redactor);
+        said::finish(&mut said.message, &self.home.redactor);
         Ok(said)
     }
 
@@ -118,7 +120,7 @@ impl Round<'_> {
         message.meta.remove("result");
         message.meta.insert("dryRun".into(), true.into());
         message.meta.insert("prompt".into(), told.shown().into());
-        said::redact(&mut message, &self.home.redactor);
+        said::finish(&mut message, &self.home.redactor);
         message
     }
 
@@ -275,7 +277,6 @@ impl Round<'_> {
             temperature: None,
             max_tokens: None,
             timeout_ms: found.timeout_ms,
-            idle_ms: None,
         })
     }
 
@@ -328,7 +329,7 @@ impl Round<'_> {
             directory: self.directory,
             stdin,
             environment,
-            timeout: self.role.timeout,
+            deadline: self.deadline,
             stall: self.role.stall,
             stdout_bytes,
             run_deadline: self.run_deadline,
@@ -370,12 +371,12 @@ impl Round<'_> {
             match self.extract(provider, content, checker, orders).await {
                 Ok((extracted, cost)) => {
                     meta.insert("extraction".into(), cost.into());
-                    read = Ok(extracted);
+                    match extracted {
+                        Ok(reply) => read = Ok(reply),
+                        Err(fault) => said::note(meta, &not_extracted(&fault)),
+                    }
                 }
-                Err(Stop::Attempt(failed)) => {
-                    let why = format!("its meta could not be extracted: {}", failed.why);
-                    said::note(meta, &why);
-                }
+                Err(Stop::Attempt(failed)) => said::note(meta, &not_extracted(&failed.why)),
                 Err(stop) => return Err(stop),
             }
         }
@@ -407,17 +408,21 @@ impl Round<'_> {
         content: &str,
         checker: &Checker,
         orders: &mut Orders,
-    ) -> Result<(reply::Reply, Map<String, Value>), Stop> {
-        let call = self.call(provider, None, reply::extraction(checker, content))?;
+    ) -> Result<(Result<Reply, Fault>, Map<String, Value>), Stop> {
+        // Another party than the one that the role's credentials are for.
+        let shown = self.home.redactor.redact(content);
+        let call = self.call(provider, None, reply::extraction(checker, &shown))?;
         let answer = self.ask(&call, orders).await?;
-        let read = reply::read(&answer.content, checker)
-            .map_err(|fault| Stop::failed(RunResult::BadReply, fault.to_string()))?;
-        let reply = reply::Reply {
+        let read = reply::read(&answer.content, checker).map(|read| Reply {
             content: content.to_owned(),
             meta: read.meta,
-        };
-        Ok((reply, cost(answer)))
+        });
+        Ok((read, cost(answer)))
     }
+}
+
+fn not_extracted(why: &dyn std::fmt::Display) -> String {
+    format!("its meta could not be extracted: {why}")
 }
 
 /// What a call took, as far as the server says.

@@ -376,6 +376,7 @@ impl Run {
             directory: directory.map_or(&self.directory, |cwd| cwd.as_ref()),
             environment,
             number,
+            deadline: role.timeout.map(|timeout| Instant::now() + timeout),
             run_deadline: self.deadline,
         }
     }

@@ -4,9 +4,11 @@ use serde_json::{Map, Value};
 
 use super::redact::Redactor;
 use super::role::trimmed;
+use crate::model::limits;
 use crate::model::message::{ERROR, Message};
 use crate::model::name::RoleName;
 use crate::model::status::RunResult;
+use crate::model::text::shorten;
 use crate::os::clock;
 
 /// A message.
@@ -41,7 +43,9 @@ pub(super) fn note(meta: &mut Map<String, Value>, why: &str) {
         Some(Value::String(stderr)) => stderr,
         _ => String::new(),
     };
-    add_line(&mut stderr, why);
+    let mut why = why.to_owned();
+    shorten(&mut why, limits::NOTE_BYTES);
+    add_line(&mut stderr, &why);
     meta.insert("stderr".into(), stderr.into());
 }
 
@@ -65,10 +69,26 @@ pub(super) fn decode(mut bytes: Vec<u8>) -> (String, bool) {
     }
 }
 
-/// Takes the secrets out of it.
-pub(super) fn redact(message: &mut Message, redactor: &Redactor) {
+/// Makes it fit to be sent: without secrets, and no larger than nerved takes. A message that nerved refused would be sent
+/// again for ever.
+pub(super) fn finish(message: &mut Message, redactor: &Redactor) {
     message.content = redactor.redact(&message.content).into_owned();
     message.meta = map_without_secrets(std::mem::take(&mut message.meta), redactor);
+    if let Some(Value::String(stderr)) = message.meta.get_mut("stderr") {
+        *stderr = tail(stderr).to_owned();
+    }
+    if message.content.len() > limits::REPLY_BYTES {
+        message.content.clear();
+        fail(message, &RunResult::ReplyTooLarge);
+    }
+}
+
+/// Its last bytes, as many as are kept of a stderr.
+fn tail(text: &str) -> &str {
+    let begin = text.len().saturating_sub(limits::STDERR_TAIL_BYTES);
+    let mut begins = begin..=text.len();
+    let begin = begins.find(|at| text.is_char_boundary(*at));
+    &text[begin.unwrap_or(0)..]
 }
 
 fn map_without_secrets(map: Map<String, Value>, redactor: &Redactor) -> Map<String, Value> {
@@ -110,13 +130,30 @@ mod tests {
         message.content = "key: sk-canary-1".to_owned();
         let list = json!([{"sk-canary-1": ["sk-canary-1", 7, null]}]);
         message.meta.insert("list".to_owned(), list);
-        redact(&mut message, &redactor);
+        finish(&mut message, &redactor);
         assert_eq!(message.content, "key: [redacted]");
         assert_eq!(
             Value::Object(message.meta),
             json!({"status": "error", "result": "bad-reply", "stderr": "it said [redacted]",
                 "list": [{"[redacted]": ["[redacted]", 7, null]}]})
         );
+    }
+
+    #[test]
+    fn whatever_was_said_is_taken() {
+        let redactor = Redactor::new(["12345678"]);
+        let why = "\u{1b}".repeat(4 << 20);
+        let mut message = failure(&"coder".parse().unwrap(), &RunResult::BadReply, &why);
+        message.content = "12345678".repeat(limits::REPLY_BYTES / 8);
+        finish(&mut message, &redactor);
+        assert_eq!(message.excess(), None);
+        assert_eq!(
+            (message.content.as_str(), message.result()),
+            ("", Some(RunResult::ReplyTooLarge))
+        );
+        let mut long = "ä".repeat(limits::STDERR_TAIL_BYTES);
+        long.push('!');
+        assert_eq!(tail(&long).len(), limits::STDERR_TAIL_BYTES - 1);
     }
 
     #[test]

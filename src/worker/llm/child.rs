@@ -15,13 +15,13 @@ use ureq::tls::{Certificate, RootCerts, TlsConfig};
 use ureq::{Agent, Body, BodyReader};
 
 use super::{Call, Failure, Line};
+use crate::config::meta::is_figure;
 use crate::model::limits;
 use crate::model::status::LlmError;
 use crate::os::clock;
 use crate::worker::redact::{Redactor, Stream};
 
 /// Largest `usage` that is kept.
-const USAGE_BYTES: usize = 4 * 1024;
 /// What is kept of the model's name and of why it finished.
 const WORD_CHARS: usize = 128;
 
@@ -238,9 +238,7 @@ impl<'a, W: Write> Conversation<'a, W> {
         }
         self.model = completion.model.map(short).or(self.model.take());
         match completion.usage {
-            Some(Value::Object(usage)) if json!(usage).to_string().len() <= USAGE_BYTES => {
-                self.usage = Some(usage)
-            }
+            Some(Value::Object(usage)) if is_figure(&json!(usage)) => self.usage = Some(usage),
             _ => {}
         }
         let Some(choice) = completion.choices.into_iter().next() else {
@@ -367,6 +365,8 @@ impl<'a, W: Write> Conversation<'a, W> {
 
     fn malformed(&self, why: &str, what: &[u8]) -> Failure {
         let quoted = self.quoted(what);
+        // What does not fit is quoted whole by who reads it.
+        let why: String = why.chars().take(limits::LLM_ERROR_CHARS).collect();
         Failure::new(
             LlmError::Malformed,
             format!(
@@ -403,7 +403,6 @@ fn agent(call: &Call) -> Result<Agent, Failure> {
         .timeout_global(Some(Duration::from_millis(call.timeout_ms)))
         .timeout_resolve(Some(limits::LLM_CONNECT))
         .timeout_connect(Some(limits::LLM_CONNECT))
-        .timeout_per_read(call.idle_ms.map(Duration::from_millis))
         .user_agent(concat!("nerve/", env!("CARGO_PKG_VERSION")));
     if call.base_url.starts_with("https://") {
         let tls = TlsConfig::builder().root_certs(system_certificates()?);

@@ -37,9 +37,6 @@ pub struct Call {
     pub max_tokens: Option<u32>,
     /// For all of it.
     pub timeout_ms: u64,
-    /// Longest silence of the server.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub idle_ms: Option<u64>,
 }
 
 /// One message of a conversation.
