@@ -31,9 +31,9 @@ impl Engine {
             return Ok(Touched::Nothing);
         }
         if round != done + 1 || !open.may_speak(&message.role) {
-            let (role, next) = (&message.role, open.next());
+            let (role, next) = (&message.role, open.what_is_next());
             let error =
-                format!("round {round} of run {id} by {role:?} is not what comes next: {next:?}");
+                format!("round {round} of run {id} by {role:?} is not what comes next: {next}");
             self.act(Action::Refuse { link, error });
             return Ok(Touched::Nothing);
         }
@@ -152,6 +152,19 @@ impl Open {
         let definition = self.definition.as_ref()?;
         let (limit, position) = (self.run.round_limit(), self.run.position());
         Some(moderator::next(&definition.workflow, limit, position))
+    }
+
+    /// The same in words.
+    fn what_is_next(&self) -> String {
+        let (round, limit) = (self.run.position().rounds + 1, self.run.round_limit());
+        match self.next() {
+            Some(Next::Role(role)) => format!("round {round} by {role}"),
+            Some(Next::Any) if round <= limit => format!("round {round} by a role"),
+            Some(Next::Any) => format!("its end, after at most {limit} rounds"),
+            Some(Next::Ask) => format!("who speaks in round {round}"),
+            Some(Next::End(result)) => format!("its end, {result}"),
+            None => "nothing".to_owned(),
+        }
     }
 
     /// Whether the next round is this role's.

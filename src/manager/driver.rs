@@ -370,7 +370,7 @@ impl Driver {
     }
 
     fn refuse(&mut self, link: LinkId, error: String) -> Option<Outbox> {
-        tracing::warn!(link, error, "refused a worker");
+        tracing::warn!(link, "refused a worker: {error}");
         self.tell(link, &[ToWorker::Error { error }]);
         self.links.remove(&link)
     }

@@ -238,9 +238,19 @@ impl Round<'_> {
         };
         let answer = self.ask(&call, orders).await?;
         let mut message = said::message(self.name, answer.content.clone(), OK);
-        if answer.finish_reason.as_deref() == Some("length") {
-            let why = "the LLM stopped at its most tokens (finish_reason length): see max_tokens";
-            said::note(&mut message.meta, why);
+        match answer.finish_reason.as_deref() {
+            Some("length") => {
+                let why =
+                    "the LLM stopped at its most tokens (finish_reason length): see max_tokens";
+                said::note(&mut message.meta, why);
+            }
+            Some(reason) if reason != "stop" => {
+                said::note(
+                    &mut message.meta,
+                    &format!("the LLM stopped for its finish_reason {reason}"),
+                );
+            }
+            _ => {}
         }
         message.meta.append(&mut cost(answer));
         Ok(message)

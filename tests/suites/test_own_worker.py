@@ -45,8 +45,7 @@ class Printed(GatedCase):
                          [f"said {number}" for number in range(1, count + 1)])
 
     def test_it_is_short(self):
-        lines = [line for line in printed().splitlines() if line]
-        self.assertLess(len(lines), 80)
+        self.assertLess(len(printed().splitlines()), 80)
 
     def test_run(self):
         run, status = start("do-lines", "echo one\necho two", wait=True)
@@ -58,6 +57,14 @@ class Printed(GatedCase):
         for script, result in (("exit 3", "exit-code:3"), ("kill -SEGV $$", "signal:SIGSEGV")):
             run, status = start("do-lines", f"echo one\n{script}\necho three", wait=True)
             self.assertEqual((status, row(run)["result"], row(run)["rounds"]), (1, result, 2))
+
+    def test_its_rounds_are_limited(self):
+        run, status = start("do-lines", "echo one\necho two\necho three", "--max-rounds", "2", wait=True)
+        self.assertEqual((status, row(run)["result"], row(run)["rounds"]), (2, "max-rounds", 2))
+
+    def test_a_dry_run_executes_nothing(self):
+        run, status = start("do-lines", "exit 3", "--dry-run", wait=True)
+        self.assertEqual((status, nervebox.thread(run)[-1]["content"]), (0, ""))
 
     def test_kill_ends_one_run_and_no_other(self):
         run, other = self.begin(), self.begin()

@@ -248,13 +248,12 @@ impl<'a, W: Write> Conversation<'a, W> {
             .finish_reason
             .map(short)
             .or(self.finish_reason.take());
-        // A piece without content says that the server lives; a whole answer has one.
-        let is_piece = choice.delta.is_some();
         let content = choice
             .delta
             .or(choice.message)
             .and_then(|said| said.content);
-        self.has_choice |= is_piece || content.is_some();
+        // A refusal and a call of a tool are none.
+        self.has_choice |= content.is_some();
         let content = content.unwrap_or_default();
         self.said += content.len();
         if self.said > limits::REPLY_BYTES {
