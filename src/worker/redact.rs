@@ -5,6 +5,9 @@
 
 use std::borrow::Cow;
 use std::ops::Range;
+use std::sync::Arc;
+
+use aho_corasick::AhoCorasick;
 
 /// What stands where a secret stood.
 const MARK: &[u8] = b"[redacted]";
@@ -12,9 +15,18 @@ const MARK: &[u8] = b"[redacted]";
 const SHORTEST: usize = 8;
 
 /// Knows the secrets of one process.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Redactor {
-    forms: Vec<Vec<u8>>,
+    /// Sorted.
+    forms: Arc<[Vec<u8>]>,
+    /// Finds all forms at once: a long credential has thousands.
+    search: AhoCorasick,
+}
+
+impl Default for Redactor {
+    fn default() -> Self {
+        Self::new::<&[u8]>([])
+    }
 }
 
 impl std::fmt::Debug for Redactor {
@@ -25,6 +37,9 @@ impl std::fmt::Debug for Redactor {
 
 impl Redactor {
     /// Each secret as it is without white space around it, line by line, and as JSON writes it.
+    ///
+    /// # Panics
+    /// When they have more than 2 GiB; systemd gives a unit 1 MiB of credentials.
     #[must_use]
     pub fn new<S: AsRef<[u8]>>(secrets: impl IntoIterator<Item = S>) -> Self {
         let mut forms = Vec::new();
@@ -39,7 +54,10 @@ impl Redactor {
         }
         forms.sort_unstable();
         forms.dedup();
-        Self { forms }
+        Self {
+            search: AhoCorasick::new(&forms).expect("secrets have less than 2 GiB"),
+            forms: forms.into(),
+        }
     }
 
     /// The text without secrets.
@@ -80,34 +98,28 @@ impl Redactor {
     /// Where secrets are, in order; those that overlap are one.
     fn found(&self, bytes: &[u8]) -> Vec<Range<usize>> {
         let mut found: Vec<Range<usize>> = Vec::new();
-        for form in &self.forms {
-            let at = bytes.windows(form.len()).enumerate();
-            found.extend(
-                at.filter(|(_, window)| window == form)
-                    .map(|(at, _)| at..at + form.len()),
-            );
-        }
-        found.sort_unstable_by_key(|range| range.start);
-        found.dedup_by(|next, last| {
-            let overlaps = next.start < last.end;
-            if overlaps {
-                last.end = last.end.max(next.end);
+        // They come in the order of their ends.
+        for next in self.search.find_overlapping_iter(bytes) {
+            let mut start = next.start();
+            while let Some(last) = found.pop_if(|last| last.end > next.start()) {
+                start = start.min(last.start);
             }
-            overlaps
-        });
+            found.push(start..next.end());
+        }
         found
     }
 
     /// Where the end of these bytes begins that may be the beginning of a secret.
     fn open(&self, bytes: &[u8]) -> usize {
-        let longest = self.forms.iter().map(|form| {
-            let most = bytes.len().min(form.len() - 1);
-            (1..=most)
-                .rev()
-                .find(|length| bytes.ends_with(&form[..*length]))
-                .unwrap_or(0)
-        });
-        bytes.len() - longest.max().unwrap_or(0)
+        let longest = self.forms.iter().map(Vec::len).max().unwrap_or(1);
+        let first = bytes.len().saturating_sub(longest - 1);
+        let is_beginning = |end: &[u8]| {
+            let at = self.forms.partition_point(|form| form.as_slice() < end);
+            self.forms.get(at).is_some_and(|form| form.starts_with(end))
+        };
+        (first..bytes.len())
+            .find(|start| is_beginning(&bytes[*start..]))
+            .unwrap_or(bytes.len())
     }
 }
 
@@ -139,6 +151,8 @@ impl Stream {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use proptest::prelude::*;
 
     use super::*;
@@ -167,6 +181,23 @@ mod tests {
     fn overlapping_secrets_leave_nothing_of_either() {
         let redactor = Redactor::new(["abcdefgh", "efghijkl"]);
         assert_eq!(redactor.redact("<abcdefghijkl>"), "<[redacted]>");
+    }
+
+    #[test]
+    fn a_credential_of_thousands_of_lines_holds_up_nobody() {
+        let lines: Vec<String> = (0..3_300).map(|line| format!("{line:x>64}")).collect();
+        let redactor = Redactor::new([lines.join("\n")]);
+        let text = format!("{}{}.", "0".repeat(1024 * 1024), lines[7]);
+        let (since, mut stream) = (Instant::now(), redactor.stream());
+        let mut streamed: Vec<u8> = text
+            .as_bytes()
+            .chunks(8 * 1024)
+            .flat_map(|piece| stream.push(piece))
+            .collect();
+        streamed.extend(stream.finish());
+        assert!(streamed.ends_with(b"[redacted]."));
+        assert!(redactor.redact(&text).ends_with("[redacted]."));
+        assert!(since.elapsed() < Duration::from_secs(5));
     }
 
     proptest! {
