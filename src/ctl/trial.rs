@@ -9,10 +9,12 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
 use super::cli::Try;
@@ -95,7 +97,7 @@ fn known(settings: &Settings, file: &Path) -> settings::Settings {
 
 /// What nerved would say to the worker, and be told.
 struct Conversation {
-    reader: BufReader<tokio::net::unix::OwnedReadHalf>,
+    lines: Lines<BufReader<tokio::net::unix::OwnedReadHalf>>,
     writer: tokio::net::unix::OwnedWriteHalf,
     assignment: Value,
     /// When the last round was done.
@@ -106,35 +108,46 @@ impl Conversation {
     fn new(stream: UnixStream, assignment: Value) -> Self {
         let (reader, writer) = stream.into_split();
         Self {
-            reader: BufReader::new(reader),
+            lines: BufReader::new(reader).lines(),
             writer,
             assignment,
             since: now(),
         }
     }
 
-    /// The exit code and the result of the run. An interrupt kills it.
-    async fn hold(mut self, interrupts: &mut Interrupts) -> Result<(u8, String), Failure> {
+    /// The exit code and the result of the run. An interrupt kills it: the worker does, or, when that does not in time or
+    /// there is one more interrupt, we do.
+    async fn hold(
+        mut self,
+        interrupts: &mut Interrupts,
+        cgroup: &Cgroup,
+    ) -> Result<(u8, String), Failure> {
         let run = self.assignment["runId"].clone();
-        let mut text = String::new();
+        let kill = || {
+            cgroup.kill().map_err(cannot)?;
+            Ok((137, "killed".to_owned()))
+        };
+        let mut confirmed_by = None;
         loop {
-            text.clear();
-            let read = self.reader.read_line(&mut text);
-            match interrupts.or(read).await {
-                Ok(Ok(0)) => {
-                    return Err(Failure::Internal(
-                        "the worker went down under the run".to_owned(),
-                    ));
-                }
-                Ok(read) => drop(read.map_err(cannot)?),
-                Err(_) => {
-                    let grace =
-                        u64::try_from(limits::DEFAULT_GRACE.as_millis()).unwrap_or(u64::MAX);
+            let patience = confirmed_by.map_or(Duration::MAX, |by: Instant| by - Instant::now());
+            if patience.is_zero() {
+                return kill();
+            }
+            let read = timeout(patience, self.lines.next_line());
+            let text = match interrupts.or(read).await {
+                Ok(Ok(text)) => text.map_err(cannot)?.ok_or_else(|| {
+                    Failure::Internal("the worker went down under the run".to_owned())
+                })?,
+                Err(_) if confirmed_by.is_none() => {
+                    let grace = limits::DEFAULT_GRACE;
+                    confirmed_by = Some(Instant::now() + grace + limits::KILL_CONFIRM);
+                    let grace = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
                     self.say(json!({"type": "kill-thread", "runId": run, "graceMs": grace}))
                         .await?;
                     continue;
                 }
-            }
+                Ok(Err(_)) | Err(_) => return kill(),
+            };
             let frame: Value = serde_json::from_str(&text).map_err(|error| {
                 Failure::Internal(format!("the worker says what is no JSON: {error}"))
             })?;
@@ -145,7 +158,11 @@ impl Conversation {
                     self.say(json!({"type": "welcome", "protocol": 1, "workflow": workflow}))
                         .await?;
                     let assignment = self.assignment.clone();
-                    self.say(assignment).await?;
+                    // It can be longer than what fits into the socket of a worker that does not read.
+                    match interrupts.or(self.say(assignment)).await {
+                        Ok(said) => said?,
+                        Err(_) => return kill(),
+                    }
                 }
                 "thread-workflow-message" => {
                     self.show(&frame)?;
@@ -168,7 +185,7 @@ impl Conversation {
                     let result = format!("{result}{}", detail.unwrap_or_default());
                     return Ok((code.unwrap_or(u8::MAX), result));
                 }
-                _ => note(&line(text.trim_end())),
+                _ => note(&line(&text)),
             }
         }
     }
@@ -256,16 +273,17 @@ impl Place {
                 return Err(Failure::Interrupted { status, text });
             }
         };
-        let end = Conversation::new(stream, run).hold(interrupts).await?;
-        // It has been told to go.
-        let _ = exited.await;
+        let conversation = Conversation::new(stream, run);
+        let end = conversation.hold(interrupts, &self.cgroup).await?;
+        // It has been told to go, or killed; what does not go is killed then.
+        let _ = interrupts.or(timeout(limits::SHUTDOWN, exited)).await;
         Ok(end)
     }
 
     /// Ends what is left in the cgroup, and removes it and the directory. What fails here harms nobody.
     async fn clear(self) {
         let _ = self.cgroup.kill();
-        let _ = self.cgroup.emptied().await;
+        let _ = timeout(limits::KILL_CONFIRM, self.cgroup.emptied()).await;
         let _ = self.cgroup.remove();
         let _ = fs::remove_dir_all(&self.directory);
     }

@@ -164,7 +164,6 @@ impl Interrupts {
     /// What `future` gives; `Err` with the exit status 128 + the signal's number when that comes first.
     pub(super) async fn or<T>(&mut self, future: impl Future<Output = T>) -> Result<T, u8> {
         tokio::select! {
-            biased;
             output = future => Ok(output),
             _ = self.interrupt.recv() => Err(130),
             _ = self.terminate.recv() => Err(143),

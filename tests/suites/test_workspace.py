@@ -21,6 +21,21 @@ OWN = ROOT / "house-keeping"
 HOSTILE = "\033]0;title\007\033[2J\u202etxt\u009b31m"
 
 
+# A worker that says what it hears in files, and heeds nothing.
+DEAF = """
+import json, os, pathlib, signal, socket, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+link = socket.socket(socket.AF_UNIX)
+link.connect(os.environ["NERVE_SOCKET"])
+ready = {"type": "ready", "protocol": 1, "workflow": os.environ["NERVE_WORKFLOW"], "runs": []}
+link.sendall(json.dumps(ready).encode() + b"\\n")
+for line in link.makefile():
+    heard = {"start-thread": "up", "kill-thread": "told"}.get(json.loads(line)["type"])
+    if heard:
+        pathlib.Path(sys.argv[1], heard).touch()
+"""
+
+
 def on_terminal(*argv, columns=80, environment=None):
     """What a command writes to a terminal so wide, stdout and stderr alike, and its exit status."""
     main, side = pty.openpty()
@@ -143,6 +158,21 @@ class Try(Case):
         self.assertEqual(process.wait(timeout=30), 137)
         self.assertEqual(sh("pgrep", "-xf", "sleep 7777", check=1).stdout, "")
         self.assert_nothing_left()
+
+    def test_a_worker_that_does_not_heed_ctrl_c_is_killed(self):
+        (ROOT / "deaf.py").write_text(DEAF)
+        file = self.write(f"version: 1\nname: inner\nworker:\n  exec: [/usr/bin/python3, {ROOT}/deaf.py, {ROOT}]\n")
+        for patience in ("short", "long"):
+            for name in ("up", "told"):
+                (ROOT / name).unlink(missing_ok=True)
+            process = subprocess.Popen(["nervectl", "workflow", "try", file], stdout=subprocess.DEVNULL)
+            wait_for((ROOT / "up").exists, "the run to begin")
+            process.send_signal(signal.SIGINT)
+            wait_for((ROOT / "told").exists, "the worker to be told")
+            if patience == "short":
+                process.send_signal(signal.SIGTERM)
+            self.assertEqual(process.wait(timeout=30), 137)
+            self.assert_nothing_left()
 
     def test_a_role_reads_its_thread_without_nerve(self):
         run = start("read-thread")
