@@ -30,6 +30,7 @@ class Moderator(GatedCase):
         "go-round": moderated(answers("r1"), max_rounds=3),
         "after-an-error": moderated(answers("r1", "r2", "$END"), "[ $NERVE_ROLE = r2 ] || exit 9"),
         "answer-wrong": moderated(answers("r1", "nobody")),
+        "answer-at-length": moderated("print('r' * 2000)"),
         "answer-nothing": moderated("pass"),
         "fail": moderated("import sys; sys.exit('no idea')"),
         "hang": moderated("import time; time.sleep(1000)", moderator={"timeout": "300ms"}),
@@ -63,6 +64,9 @@ class Moderator(GatedCase):
 
     def test_an_answer_that_is_no_role(self):
         self.bad("answer-wrong", 1, '"nobody"', "r1, r2", "$END")
+
+    def test_a_long_answer_is_cut(self):
+        self.bad("answer-at-length", 0, '"' + "r" * 200 + '"', "r1, r2", "$END")
 
     def test_no_answer(self):
         self.bad("answer-nothing", 0, 'answered ""')

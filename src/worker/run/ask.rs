@@ -8,6 +8,7 @@ use crate::model::message::{Message, OK};
 use crate::model::name::RoleName;
 use crate::model::role::Role;
 use crate::model::status::RunResult;
+use crate::model::text::shorten;
 use crate::model::workflow::{Routing, Target};
 use crate::worker::role::Order;
 use crate::worker::told::Told;
@@ -73,9 +74,10 @@ impl Run {
             }
             _ => {
                 let roles: Vec<_> = self.workflow.roles.keys().map(RoleName::as_str).collect();
-                let (answer, roles) = (&answer.content, roles.join(", "));
+                let (mut answer, roles) = (answer.content.clone(), roles.join(", "));
+                shorten(&mut answer, 200);
                 Err(format!(
-                    "the moderator answered {answer:.200?}; it has to answer a role ({roles}) or $END"
+                    "the moderator answered {answer:?}; it has to answer a role ({roles}) or $END"
                 ))
             }
         }
