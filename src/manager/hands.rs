@@ -19,7 +19,7 @@ use crate::os::cgroup::Cgroup;
 use crate::os::journal;
 use crate::systemd::{StartError, Systemd, WorkerUnit, next_read};
 
-/// When a killed cgroup is not empty by then, the log says which processes do not die, and it is killed again.
+/// When a killed cgroup is not empty by then, the log says which processes do not die; that of a run is killed again.
 const STUBBORN: Duration = Duration::from_secs(5);
 
 /// What the driver needs of the world.
@@ -108,20 +108,29 @@ impl Hands {
         });
     }
 
-    /// Kills every process of a worker unit, and tells when they are gone; what systemd starts then in the same place is
-    /// let alone.
+    /// Kills every process of a worker unit, once, and tells when they are gone; what systemd starts then in the same place
+    /// is let alone.
     pub(super) fn empty_unit(&self, run: RunId, workflow: &WorkflowName, path: String) {
         let (handle, unit) = (self.handle.clone(), workflow.unit());
         tracing::warn!(run_id = %run, "killing {unit}, which has not ended run {run}");
         tokio::spawn(async move {
             let cgroup = Cgroup::at(&path);
+            let watch = async {
+                while let Err(error) = cgroup.emptied().await {
+                    tracing::error!(run_id = %run, %error, "failed to watch {unit}");
+                    tokio::time::sleep(STUBBORN).await;
+                }
+            };
+            let kill = async {
+                while let Err(error) = blocking(&cgroup, Cgroup::kill).await {
+                    tracing::error!(run_id = %run, %error, "failed to kill {unit}");
+                    tokio::time::sleep(STUBBORN).await;
+                }
+            };
             // It is watched before it is killed: the end of what is in it now must not be missed.
-            while let (emptied, killed) =
-                tokio::join!(cgroup.emptied(), blocking(&cgroup, Cgroup::kill))
-                && let Err(error) = killed.and(emptied)
-            {
-                tracing::error!(run_id = %run, %error, "failed to kill {unit}");
-                tokio::time::sleep(STUBBORN).await;
+            let mut end = Box::pin(async { tokio::join!(watch, kill) });
+            while tokio::time::timeout(STUBBORN, &mut end).await.is_err() {
+                tell_of_stubborn(&cgroup, run);
             }
             handle.report(Input::Emptied { run }).await;
         });
@@ -202,12 +211,17 @@ async fn emptied(cgroup: &Cgroup, run: RunId) -> bool {
             false
         }
         Err(_) => {
-            let pids = cgroup.processes();
-            let pids: Vec<_> = pids.iter().map(|pid| pid.as_raw_nonzero().get()).collect();
-            tracing::warn!(run_id = %run, "run {run} is killed but processes {pids:?} do not die");
+            tell_of_stubborn(cgroup, run);
             false
         }
     }
+}
+
+/// Names the processes of a run that is killed.
+fn tell_of_stubborn(cgroup: &Cgroup, run: RunId) {
+    let pids = cgroup.processes();
+    let pids: Vec<_> = pids.iter().map(|pid| pid.as_raw_nonzero().get()).collect();
+    tracing::warn!(run_id = %run, "run {run} is killed but processes {pids:?} do not die");
 }
 
 /// Does something with a cgroup that takes the longer the more a role made of it.
