@@ -15,9 +15,8 @@ use super::yaml::{Content, Entry, Node, Place, to_json};
 use super::{definition, emit, liquid};
 use crate::model::message::ERROR;
 use crate::model::name::{RoleName, WorkflowName};
+use crate::model::workflow::Target;
 
-const START: &str = "$START";
-const END: &str = "$END";
 /// There the name of the key that a role's status is in.
 const STATUS: &str = "$status";
 /// Who executes every role until somebody says otherwise.
@@ -163,14 +162,14 @@ impl<'n> Conversion<'n> {
             .and_then(|list| serde_json::from_value(list).ok())
             .unwrap_or_default();
         for line in of("description").lines() {
-            let _ = writeln!(out, "    # {line}");
+            let _ = writeln!(out, "    # {}", comment(line));
         }
         if !capabilities.is_empty() {
             let capabilities = listed(capabilities.iter().map(String::as_str));
             let _ = writeln!(
                 out,
                 "    # It needs to be capable of: {}",
-                capabilities.replace('\n', " ")
+                comment(&capabilities)
             );
         }
         emit::entry(out, 4, "agent", &AGENT.into());
@@ -272,8 +271,8 @@ impl<'n> Conversion<'n> {
 
     /// A role, or the end.
     fn target(&self, target: &str) -> String {
-        if target == END {
-            return END.to_owned();
+        if target == Target::END {
+            return Target::END.to_owned();
         }
         self.names
             .get(target)
@@ -337,7 +336,7 @@ fn edges<'n>(reader: &mut Reader, graph: &'n Node) -> Option<Vec<Edge<'n>>> {
             continue;
         };
         for route in routes {
-            let is_start = role.key == START;
+            let is_start = role.key == Target::START;
             if is_start && route.key != "new" {
                 let message = format!(
                     "$START.{} is not carried over: a run that has ended is not gone on with",
@@ -369,7 +368,7 @@ fn edges<'n>(reader: &mut Reader, graph: &'n Node) -> Option<Vec<Edge<'n>>> {
             }
             edges.push(Edge {
                 from: (!is_start).then_some((role.key.as_str(), route.key.as_str())),
-                target: if is_suspended { END } else { target },
+                target: if is_suspended { Target::END } else { target },
                 place: route.place,
                 prompt: of("prompt"),
                 location: of("location"),
@@ -417,6 +416,11 @@ fn text(node: &Node) -> Option<&str> {
         Content::Text { text, .. } => Some(text),
         _ => None,
     }
+}
+
+/// What may stand in a comment: even a lone carriage return would end it.
+fn comment(text: &str) -> String {
+    text.replace(|c| !emit::is_printable(c), " ")
 }
 
 /// Names that prompts can speak of, each once.
@@ -591,6 +595,14 @@ mod tests {
             text.contains("failed: $END") && told_of.len() == 6,
             "{text}"
         );
+    }
+
+    #[test]
+    fn a_comment_stays_one() {
+        let text = "roles: {a: {description: \"x\\ry: 1\\u0085z: 2\", capabilities: [\"v\\rw: 3\"]}}\ngraph: {$START: {new: {role: a}}}\n";
+        let converted = convert("f", text.as_bytes()).text.unwrap();
+        assert!(converted.contains("    # x y: 1 z: 2\n"), "{converted}");
+        assert!(converted.contains("capable of: v w: 3\n"), "{converted}");
     }
 
     #[test]

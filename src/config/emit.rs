@@ -82,7 +82,7 @@ fn flow(value: &Value) -> String {
 }
 
 /// What YAML lets stand for itself.
-fn is_printable(c: char) -> bool {
+pub(super) fn is_printable(c: char) -> bool {
     let is_break = matches!(
         c,
         '\u{2028}' | '\u{2029}' | '\u{feff}' | '\u{fffe}' | '\u{ffff}'

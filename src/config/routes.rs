@@ -10,11 +10,6 @@ use crate::model::name::RoleName;
 use crate::model::role::Role;
 use crate::model::workflow::{Fault, Graph, Target, Workflow};
 
-/// Key of the route that a run begins with.
-const START: &str = "$START";
-/// Target that ends a run.
-const END: &str = "$END";
-
 /// The routing table, and whether all of it could be read. `None` without a beginning.
 pub(super) fn graph(reader: &mut Reader, node: &Node, fields: Fields<'_>) -> Option<(Graph, bool)> {
     let Some(section) = fields.get("graph") else {
@@ -30,8 +25,8 @@ pub(super) fn graph(reader: &mut Reader, node: &Node, fields: Fields<'_>) -> Opt
     let mut start = None;
     let mut routes = BTreeMap::new();
     for entry in entries {
-        if entry.key == START {
-            start = target(reader, &entry.value, START);
+        if entry.key == Target::START {
+            start = target(reader, &entry.value, Target::START);
             if start == Some(Target::End) {
                 reader.error_help(
                     entry.value.place,
@@ -41,9 +36,9 @@ pub(super) fn graph(reader: &mut Reader, node: &Node, fields: Fields<'_>) -> Opt
             }
         } else if entry.key.starts_with('$') {
             let message = format!("unknown word {} in graph", quoted(&entry.key));
-            let help = match nearest(&entry.key, [START]) {
+            let help = match nearest(&entry.key, [Target::START]) {
                 Some(meant) => format!("did you mean {meant}?"),
-                None => format!("write {START}, or the name of a role"),
+                None => "write $START, or the name of a role".to_owned(),
             };
             reader.error_help(entry.place, message, help);
         } else if let Some(role) = role_name(reader, entry.place, &entry.key) {
@@ -51,7 +46,7 @@ pub(super) fn graph(reader: &mut Reader, node: &Node, fields: Fields<'_>) -> Opt
             routes.insert(role, outcomes);
         }
     }
-    if !entries.iter().any(|entry| entry.key == START) {
+    if !entries.iter().any(|entry| entry.key == Target::START) {
         reader.error_help(
             section.place,
             "the graph has no $START",
@@ -93,7 +88,7 @@ fn outcomes(reader: &mut Reader, entry: &Entry) -> BTreeMap<String, Target> {
 
 fn target(reader: &mut Reader, node: &Node, subject: &str) -> Option<Target> {
     let text = reader.text(node, subject)?;
-    if text == END {
+    if text == Target::END {
         return Some(Target::End);
     }
     let meant_end = text.trim_start_matches('$').eq_ignore_ascii_case("end");
@@ -181,7 +176,7 @@ pub(super) fn check(
             }
             Fault::UnknownTarget(from, target) => {
                 let entry = match &from {
-                    None => of_graph(START),
+                    None => of_graph(Target::START),
                     Some((role, status)) => {
                         of_graph(role.as_str()).and_then(|entry| entry.value.get(status))
                     }

@@ -88,6 +88,8 @@ pub enum Target {
 impl Target {
     /// How the end of a run is written.
     pub const END: &str = "$END";
+    /// Key of the route that a run begins with.
+    pub const START: &str = "$START";
 }
 
 impl TryFrom<String> for Target {
