@@ -27,7 +27,7 @@ pub struct Accepted {
     pub prompt: String,
     /// Asked for by whoever started it.
     pub max_rounds: Option<u32>,
-    /// Reserved for rehearsals; `false` in this version.
+    /// Whether it is a rehearsal.
     pub dry_run: bool,
     /// Who or what started it.
     pub trigger: Value,
