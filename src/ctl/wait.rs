@@ -146,29 +146,48 @@ pub(super) async fn nobody_reads() {
     let _ = gone.await;
 }
 
-/// SIGINT and SIGTERM, while one waits for something that goes on without us.
+/// SIGINT, SIGTERM and SIGHUP, while one waits for something that goes on without us.
 pub(super) struct Interrupts {
     interrupt: Signal,
     terminate: Signal,
+    /// None under nohup, which wants it to mean nothing.
+    hang_up: Option<Signal>,
 }
 
 impl Interrupts {
-    /// From now on neither ends the process.
+    /// From now on none ends the process.
     pub(super) fn new() -> io::Result<Self> {
+        let process = std::fs::read_to_string("/proc/self/status")?;
+        let hang_up = !ignores_hang_up(&process);
         Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
+            hang_up: hang_up.then(|| signal(SignalKind::hangup())).transpose()?,
         })
     }
 
     /// What `future` gives; `Err` with the exit status 128 + the signal's number when that comes first.
     pub(super) async fn or<T>(&mut self, future: impl Future<Output = T>) -> Result<T, u8> {
+        let hung_up = async {
+            match &mut self.hang_up {
+                Some(signal) => signal.recv().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             output = future => Ok(output),
             _ = self.interrupt.recv() => Err(130),
             _ = self.terminate.recv() => Err(143),
+            _ = hung_up => Err(129),
         }
     }
+}
+
+/// Whether a process, by its proc_pid_status(5), was told to ignore SIGHUP.
+fn ignores_hang_up(status: &str) -> bool {
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    ignored.is_some_and(|mask| mask & 1 == 1)
 }
 
 #[cfg(test)]
@@ -557,6 +576,12 @@ mod tests {
         let emitter = SignalEmitter::new(connection, PATH).unwrap();
         let changed = emitter.emit(INTERFACE, "WorkflowChanged", &("a",));
         changed.await.unwrap();
+    }
+
+    #[test]
+    fn under_nohup_a_hang_up_means_nothing() {
+        assert!(ignores_hang_up("SigBlk:\t00\nSigIgn:\t0000000000001001\n"));
+        assert!(!ignores_hang_up("SigBlk:\t01\nSigIgn:\t0000000000001000\n"));
     }
 
     #[tokio::test]
