@@ -102,6 +102,9 @@ enum Failure {
     /// The caller may not do it.
     #[error("{0}")]
     Forbidden(String),
+    /// Who would have to do it is not there.
+    #[error("{0}")]
+    Unavailable(String),
     /// The run had ended before it could be killed or aborted.
     #[error("{0}")]
     AlreadyEnded(String),
@@ -123,6 +126,7 @@ impl Failure {
             Self::Input(_) => 65,
             Self::Call(error) => error.exit_status(),
             Self::AlreadyEnded(_) => 68,
+            Self::Unavailable(_) => 69,
             Self::Internal(_) => 70,
             Self::Unknown(_) | Self::Output(_) => 74,
             Self::Forbidden(_) => 77,

@@ -2,6 +2,7 @@
 
 use std::env;
 use std::io::{self, IsTerminal};
+use std::os::fd::AsFd;
 
 /// What a table is written on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,15 +28,19 @@ impl Paper {
 
     /// stdout, as it is.
     pub fn stdout() -> Self {
-        let stdout = io::stdout();
-        let size = rustix::termios::tcgetwinsize(&stdout).ok();
+        Self::of(&io::stdout())
+    }
+
+    /// A stream, as it is.
+    pub fn of(stream: &(impl IsTerminal + AsFd)) -> Self {
+        let size = rustix::termios::tcgetwinsize(stream).ok();
         let room = size.map(|size| usize::from(size.ws_col));
         let set = |name| env::var(name).is_ok_and(|value| !value.is_empty());
         let is_dumb = env::var_os("TERM").is_none_or(|term| term == "dumb");
         let is_forced = env::var("CLICOLOR_FORCE").is_ok_and(|force| !matches!(&*force, "" | "0"));
         Self {
             room: room.filter(|room| *room > 0),
-            ink: match (set("NO_COLOR"), stdout.is_terminal() && !is_dumb) {
+            ink: match (set("NO_COLOR"), stream.is_terminal() && !is_dumb) {
                 (false, is_able) if is_able || is_forced => Ink::Coloured,
                 _ => Ink::Black,
             },

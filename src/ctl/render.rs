@@ -529,7 +529,7 @@ Events:
             (
                 "kill-requested",
                 r#"{"reason":"r","graceUs":0}"#.to_owned(),
-                "grace 0us: r",
+                "grace 0s: r",
             ),
             (
                 "ended",

@@ -76,7 +76,11 @@ pub(super) fn table(header: &[&str], right: &[&str], rows: &[Vec<String>], paper
             *column = (*column).max(columns(cell));
         }
     }
-    squeeze(&mut widths, paper.room);
+    // An id that is cut off is none.
+    let ids = usize::from(header.first() == Some(&"RUN"));
+    let taken: usize = widths.iter().take(ids).map(|width| width + 2).sum();
+    let room = paper.room.map(|room| room.saturating_sub(taken));
+    squeeze(&mut widths[ids..], room);
     let mut text = String::new();
     let titles: Vec<String> = header.iter().map(|title| (*title).to_owned()).collect();
     for (index, row) in std::iter::once(&titles).chain(rows).enumerate() {
@@ -129,10 +133,10 @@ pub(super) fn span(us: u64) -> String {
     const UNITS: [(u64, &str); 4] = [(86_400, "d"), (3_600, "h"), (60, "min"), (1, "s")];
     let seconds = us / 1_000_000;
     if seconds == 0 {
-        return if us < 1_000 {
-            format!("{us}us")
-        } else {
-            format!("{}ms", us / 1_000)
+        return match us {
+            0 => "0s".to_owned(),
+            1..1_000 => format!("{us}us"),
+            _ => format!("{}ms", us / 1_000),
         };
     }
     if seconds < 60 {
@@ -229,9 +233,21 @@ mod tests {
     }
 
     #[test]
+    fn an_id_is_never_cut_off() {
+        let row = ["3fa9c1d2", "fix-failing-test", "completed"].map(str::to_owned);
+        let narrow = Paper {
+            room: Some(20),
+            ..Paper::PLAIN
+        };
+        let text = table(&["RUN", "WORKFLOW", "STATUS"], &[], &[row.to_vec()], narrow);
+        assert!(text.contains("\n3fa9c1d2  fix…  com…\n"), "{text}");
+    }
+
+    #[test]
     fn spans_show_their_two_largest_units() {
         for (us, text) in [
-            (0, "0us"),
+            (0, "0s"),
+            (7, "7us"),
             (840_000, "840ms"),
             (1_000_000, "1s"),
             (31_250_000, "31.2s"),

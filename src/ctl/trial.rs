@@ -3,6 +3,7 @@
 //! Nothing is kept.
 
 use std::env;
+use std::ffi::OsStr;
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
@@ -34,6 +35,8 @@ use crate::os::cgroup::{self, Cgroup};
 const BROKEN: u8 = 65;
 /// Set for who has been given a cgroup of his own already.
 const IN_SCOPE: &str = "NERVE_TRY_SCOPE";
+/// Where a worker finds credentials: a unit's has a directory of its own, root's those of the machine.
+const CREDENTIALS: &str = "CREDENTIALS_DIRECTORY";
 
 /// Executes a definition to the end of one run, shows its rounds, and exits with the run's exit code.
 pub(super) async fn try_out(settings: &Settings, arguments: &Try) -> Result<u8, Failure> {
@@ -165,6 +168,13 @@ impl Conversation {
                     }
                 }
                 "thread-workflow-message" => {
+                    let (round, most) = (&frame["round"], &self.assignment["maxRounds"]);
+                    if round.as_u64() > most.as_u64() {
+                        return Err(Failure::Internal(format!(
+                            "the worker executed round {round} of a run that may have {most}, for which nerved ends a worker; \
+                             let it end the run with max-rounds, or raise max_rounds"
+                        )));
+                    }
                     self.show(&frame)?;
                     self.say(answer("message-ack")).await?;
                 }
@@ -215,8 +225,12 @@ impl Conversation {
         };
         let took = span(round.timestamp.saturating_sub(self.since));
         self.since = round.timestamp;
-        print(&render::thread(&[round], |_| took.clone(), Paper::stdout()))?;
-        print("\n")
+        let text = render::thread(&[round], |_| took.clone(), Paper::stdout());
+        let text = match frame["attempt"].as_u64() {
+            Some(attempt) => text.replacen("---", &format!("--- attempt {attempt} failed:"), 1),
+            None => text,
+        };
+        print(&format!("{text}\n"))
     }
 }
 
@@ -301,6 +315,9 @@ impl Place {
             .stdout(Stdio::null())
             // Ctrl-C is for us: we kill the run, and not only its worker.
             .process_group(0);
+        if rustix::process::geteuid().is_root() && env::var_os(CREDENTIALS).is_none() {
+            command.env(CREDENTIALS, "/etc/credstore");
+        }
         if let [program, ..] = definition.workflow.worker.exec.as_slice() {
             let exec = json!(definition.workflow.worker.exec).to_string();
             command.env("NERVE_WORKER_EXEC", exec);
@@ -321,30 +338,35 @@ impl Place {
 
 /// Does it all again in a scope of the user's own manager, where there may be cgroups. Returns only when there is none.
 fn in_scope() -> Failure {
-    const HELP: &str = "do it as root, or where `systemd-run --user --scope` works";
+    let nowhere = |why: &str| {
+        Failure::Unavailable(format!(
+            "cannot make a cgroup: {why}; this takes root, or a user manager, in which `systemd-run --user --scope true` works"
+        ))
+    };
     if env::var_os(IN_SCOPE).is_some() {
-        return Failure::Forbidden(format!("cannot make a cgroup; {HELP}"));
+        return nowhere("the user manager has delegated none");
     }
     let program = match env::current_exe() {
         Ok(program) => program,
         Err(error) => return cannot(error),
     };
-    let error = Command::new("systemd-run")
-        .args([
-            "--user",
-            "--scope",
-            "--quiet",
-            "--collect",
-            "--property=Delegate=yes",
-            "--",
-        ])
-        .arg(program)
-        .args(env::args_os().skip(1))
-        .env(IN_SCOPE, "1")
-        .exec();
-    Failure::Forbidden(format!(
-        "cannot make a cgroup, nor execute systemd-run: {error}; {HELP}"
-    ))
+    // It is tried with nothing first: systemd-run tells nobody but the terminal why it fails.
+    match scope("true").output() {
+        Ok(output) if output.status.success() => {}
+        Ok(output) => return nowhere(String::from_utf8_lossy(&output.stderr).trim()),
+        Err(error) => return nowhere(&format!("systemd-run: {error}")),
+    }
+    let mut command = scope(program);
+    command.args(env::args_os().skip(1)).env(IN_SCOPE, "1");
+    cannot(command.exec())
+}
+
+/// A command in a scope of the user's own manager.
+fn scope(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new("systemd-run");
+    command.args(["--user", "--scope", "--quiet", "--collect"]);
+    command.args(["--property=Delegate=yes", "--"]).arg(program);
+    command
 }
 
 /// Beside nervectl where it was built, below libexec where it is installed.

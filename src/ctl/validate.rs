@@ -1,15 +1,15 @@
 //! `nervectl validate`: everything that is wrong with all files at once, for people or for machines. Needs no daemon.
 
 use std::collections::BTreeSet;
-use std::env;
 use std::ffi::OsStr;
-use std::io::{self, IsTerminal as _, Read as _, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::mem;
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
 use super::cli::{Format, Validate};
+use super::paper::{Ink, Paper};
 use super::{Failure, Settings, print, text};
 use crate::config::definition::{self, Parsed};
 use crate::config::diagnostic::{Diagnostic, Severity};
@@ -130,13 +130,10 @@ impl Verdict {
 
     fn judge(&mut self, parsed: Parsed, source: &[u8]) {
         self.files += 1;
-        let warnings = match &parsed.definition {
-            Some(definition) => {
-                self.say(&format!("{}: ok", definition.workflow.name));
-                definition::host_warnings(&parsed, &self.tools)
-            }
-            None => Vec::new(),
-        };
+        let warnings = definition::host_warnings(&parsed, &self.tools);
+        if let Some(definition) = &parsed.definition {
+            self.say(&format!("{}: ok", definition.workflow.name));
+        }
         self.add(parsed.diagnostics.into_iter().chain(warnings), source);
     }
 
@@ -220,20 +217,12 @@ fn show(verdict: &Verdict) {
         return;
     };
     let mut stderr = io::stderr().lock();
-    let set = |name: &str, when: fn(&OsStr) -> bool| env::var_os(name).is_some_and(|v| when(&v));
-    let is_plain = set("NO_COLOR", |value| !value.is_empty())
-        || set("TERM", |value| value == "dumb")
-        || !stderr.is_terminal();
-    let paint = if is_plain {
-        Paint::Plain
-    } else {
-        Paint::Coloured
+    let paper = Paper::of(&stderr);
+    let paint = match paper.ink {
+        Ink::Black => Paint::Plain,
+        Ink::Coloured => Paint::Coloured,
     };
-    let columns = rustix::termios::tcgetwinsize(&stderr)
-        .ok()
-        .map(|size| usize::from(size.ws_col))
-        .filter(|columns| *columns > 0)
-        .unwrap_or(COLUMNS);
+    let columns = paper.room.unwrap_or(COLUMNS);
     for (diagnostic, line) in &verdict.found {
         let picture = draw(diagnostic, line, columns, paint);
         let _ = writeln!(stderr, "{picture}\n");

@@ -78,7 +78,8 @@ impl Credentials {
         self.values.get(name).ok_or_else(|| {
             format!(
                 "this worker has no credential {name}: put it into /etc/credstore/{name}, mode 0600, and drain the \
-                 workflow, so that a new worker reads it"
+                 workflow, if it is installed, so that a new worker reads it; `nervectl workflow try` as a user reads \
+                 the file {name} in $CREDENTIALS_DIRECTORY"
             )
         })
     }
