@@ -227,24 +227,23 @@ impl<'n> Conversion<'n> {
             if prompt.is_empty() {
                 continue;
             }
-            let translated = liquid::translate(prompt, "last.meta");
+            let root = edge.from.map_or(liquid::START, |_| "last.meta");
+            let translated = liquid::translate(prompt, root);
             for (line, what) in translated.left {
                 // The lines of a block begin below its key.
                 let is_block = matches!(node.content, Content::Text { literal: true, .. });
                 let place = Place::at(node.place.line + usize::from(is_block) + line, 1);
-                reader.warning(
-                    place,
-                    format!("{what} cannot be said in a prompt of nerve, and stays as text"),
-                    "write it with what minijinja has, see nerve-workflow(5)",
-                );
-            }
-            if edge.from.is_none() && prompt.contains("{{") {
-                let message = "the start has no fields that a prompt could name";
-                reader.warning(
-                    node.place,
-                    message,
-                    "name start.content, what the run is started with",
-                );
+                let message =
+                    format!("{what} cannot be said in a prompt of nerve, and stays as text");
+                let help = "write it with what minijinja has, see nerve-workflow(5)";
+                match edge.from {
+                    Some(_) => reader.warning(place, message, help),
+                    None => reader.error_help(
+                        place,
+                        message,
+                        format!("name `task`, what the run is started with, or {help}"),
+                    ),
+                }
             }
             tasks.push((edge, translated.text));
         }
@@ -366,12 +365,23 @@ fn edges<'n>(reader: &mut Reader, graph: &'n Node) -> Option<Vec<Edge<'n>>> {
                     "error is nerve's own status; what the role calls so is called failed now";
                 reader.warning(route.place, message, "say so in the role's prompt");
             }
+            let is_told = of("prompt")
+                .and_then(text)
+                .is_some_and(|text| !text.trim().is_empty());
+            if is_told && (is_suspended || target == Target::END) {
+                let message = format!(
+                    "the prompt of {}.{} is not carried over: at the end nobody is told anything",
+                    role.key, route.key
+                );
+                let help = format!("say in the prompt of {} what it is to report", role.key);
+                reader.warning(route.place, message, help);
+            }
             edges.push(Edge {
                 from: (!is_start).then_some((role.key.as_str(), route.key.as_str())),
                 target: if is_suspended { Target::END } else { target },
                 place: route.place,
                 prompt: of("prompt"),
-                location: of("location"),
+                location: of("location").filter(|node| node.content != Content::Null),
             });
         }
     }
@@ -513,10 +523,11 @@ mod tests {
     fn every_definition_becomes_a_right_one_and_what_it_loses_is_told() {
         let resume = "$START.resume is not carried over";
         let agent = "who executes the roles is not said";
+        let end = "is not carried over: at the end nobody is told anything";
         for (name, expected) in [
-            ("debate", &[(22, agent), (54, resume)][..]),
-            ("review-code", &[(5, agent), (54, resume)]),
-            ("analyze-topic", &[(4, agent), (24, resume)]),
+            ("debate", &[(22, agent), (54, resume), (64, end)][..]),
+            ("review-code", &[(5, agent), (54, resume), (70, end)]),
+            ("analyze-topic", &[(4, agent), (24, resume), (26, end)]),
             (
                 "solve-issue",
                 &[
@@ -525,7 +536,10 @@ mod tests {
                     (51, "location is not carried over"),
                     (52, "the filter truncate cannot be said"),
                     (52, "planner.insufficient_info ends the run now"),
+                    (52, end),
                     (55, "error is nerve's own status"),
+                    (55, end),
+                    (57, end),
                 ],
             ),
             (
@@ -536,6 +550,7 @@ mod tests {
                     (21, resume),
                     (23, "and beside or in one condition"),
                     (23, "the tag case"),
+                    (24, end),
                 ],
             ),
             ("release-package", &[(5, agent), (50, resume)]),
@@ -592,7 +607,7 @@ mod tests {
             Some("/srv/build")
         );
         assert!(
-            text.contains("failed: $END") && told_of.len() == 6,
+            text.contains("failed: $END") && told_of.len() == 9,
             "{text}"
         );
     }
@@ -603,6 +618,23 @@ mod tests {
         let converted = convert("f", text.as_bytes()).text.unwrap();
         assert!(converted.contains("    # x y: 1 z: 2\n"), "{converted}");
         assert!(converted.contains("capable of: v w: 3\n"), "{converted}");
+    }
+
+    #[test]
+    fn the_start_knows_its_task_and_null_is_no_location() {
+        let text = |name| {
+            format!(
+                "version: 1\nname: a\nroles: {{a: {{goal: x, frontmatter: {{properties: {{$status: {{const: done}}}}}}}}}}\n\
+                 graph: {{$START: {{new: {{role: a, prompt: 'Start: {{{{ {name} }}}}', location: null}}}}, a: {{done: {{role: $END}}}}}}\n"
+            )
+        };
+        let right = convert("f", text("task").as_bytes());
+        assert!(right.text.unwrap().contains("Start: {{ start.content }}"));
+        // Who executes the role is not said.
+        assert_eq!(right.diagnostics.len(), 1, "{:?}", right.diagnostics);
+        let wrong = convert("f", text("repo").as_bytes()).diagnostics;
+        let is_told = |d: &Diagnostic| d.severity == Severity::Error && d.message.contains("repo");
+        assert!(wrong.iter().any(is_told), "{wrong:?}");
     }
 
     #[test]

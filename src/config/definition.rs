@@ -1017,6 +1017,7 @@ graph:
         assert_eq!(
             warnings,
             [
+                "f.yaml:16:10: warning: \"/srv/build\" is no directory on this machine (make it, or its rounds end in exec-failed)",
                 "f.yaml:18:12: warning: \"/usr/bin/make\" in exec of role tester does not exist on this machine (install it, or its rounds end in exec-failed)",
                 "f.yaml:24:9: warning: user build is not in /etc/passwd (did you mean built?)",
                 "f.yaml:26:24: warning: group systemd-journal is not in /etc/group (make it, or the worker cannot be started)",
@@ -1026,7 +1027,7 @@ graph:
         fs::create_dir_all(root.path().join("usr/bin")).unwrap();
         fs::write(root.path().join("usr/bin/make"), "").unwrap();
         fs::remove_file(root.path().join("etc/passwd")).unwrap();
-        fs::create_dir(root.path().join("srv")).unwrap();
+        fs::create_dir_all(root.path().join("srv/build")).unwrap();
         assert_eq!(
             host::warnings(
                 &parsed.path,

@@ -9,13 +9,22 @@ use super::reader::Reader;
 use super::yaml::Place;
 use crate::model::tools::Tools;
 
+/// What the command of the worker is called, and that of the moderator.
+pub(super) const WORKER: &str = "exec of the worker";
+pub(super) const MODERATOR: &str = "exec of the moderator";
+
 /// What a definition expects of the machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum HostCheck {
-    Executable { subject: String, path: String },
+    Executable {
+        subject: String,
+        path: String,
+    },
     User(String),
     Group(String),
     Path(String),
+    /// The directory that a role works in.
+    Directory(String),
     Provider(String),
     Agent(String),
 }
@@ -76,11 +85,20 @@ pub(super) fn warnings(
                         "{} in {subject} does not exist on this machine",
                         quoted(path)
                     );
-                    reader.warning(
-                        *place,
-                        message,
-                        "install it, or its rounds end in exec-failed",
-                    );
+                    let help = match subject.as_str() {
+                        WORKER => "install it, or the worker exits with 203 and its runs crash",
+                        MODERATOR => "install it, or its runs end in bad-route",
+                        _ => "install it, or its rounds end in exec-failed",
+                    };
+                    reader.warning(*place, message, help);
+                }
+                continue;
+            }
+            HostCheck::Directory(path) => {
+                if !below(path).is_dir() {
+                    let message = format!("{} is no directory on this machine", quoted(path));
+                    let help = "make it, or its rounds end in exec-failed";
+                    reader.warning(*place, message, help);
                 }
                 continue;
             }

@@ -38,6 +38,9 @@ pub(super) struct Translated {
     pub left: Vec<(usize, String)>,
 }
 
+/// What is looked up in for an edge of the start, of which only the content is known.
+pub(super) const START: &str = "start";
+
 /// The template, with names that it does not make itself looked up in `root`.
 pub(super) fn translate(template: &str, root: &str) -> Translated {
     let mut translation = Translation {
@@ -278,6 +281,10 @@ impl Translation<'_> {
             "forloop" => "loop".to_owned(),
             "_body" => "last.content".to_owned(),
             name if self.names.iter().any(|known| known == name) => name.to_owned(),
+            "task" | "prompt" if self.root == START => "start.content".to_owned(),
+            name if self.root == START => {
+                return Err(format!("{name}, which no run is started with,"));
+            }
             "$status" => format!("{}.status", self.root),
             name => step(self.root, name),
         };
@@ -384,6 +391,16 @@ mod tests {
                 "{liquid}"
             );
         }
+    }
+
+    #[test]
+    fn of_the_start_only_the_task_is_known() {
+        let translated = translate("{{ task }}, {{ prompt | upcase }}, {{ repo }}", START);
+        let text =
+            "{{ start.content }}, {{ start.content | upper }}, {% raw %}{{ repo }}{% endraw %}";
+        assert_eq!(translated.text, text);
+        let left = (0, "repo, which no run is started with,".to_owned());
+        assert_eq!(translated.left, [left]);
     }
 
     #[test]

@@ -120,6 +120,8 @@ fn role(
         if !text.starts_with('/') {
             let message = format!("{} is {}, which is not absolute", of("cwd"), quoted(text));
             reader.error_help(entry.value.place, message, "begin it with /");
+        } else {
+            host_checks.push((entry.value.place, HostCheck::Directory(text.to_owned())));
         }
         Some(text.to_owned())
     });

@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use super::diagnostic::quoted;
-use super::host::HostCheck;
+use super::host::{self, HostCheck};
 use super::reader::Reader;
 use super::time::parse_duration;
 use super::unit_syntax::{account, boolean, permyriad, size, tasks, words};
@@ -68,7 +68,7 @@ pub(super) fn read(
     };
     let entry = |key: &str| fields.get(key);
     settings.exec = entry("exec")
-        .and_then(|entry| work::exec(reader, &entry.value, "exec of the worker", host_checks))
+        .and_then(|entry| work::exec(reader, &entry.value, host::WORKER, host_checks))
         .unwrap_or_default();
     settings.user = entry("User").and_then(|entry| single(reader, entry, name));
     settings.group = entry("Group").and_then(|entry| single(reader, entry, name));

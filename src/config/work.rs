@@ -1,7 +1,7 @@
 //! Who does a role's work, in a definition: a command, an LLM or an agent. Called by `roles` and `definition`.
 
 use super::diagnostic::quoted;
-use super::host::HostCheck;
+use super::host::{self, HostCheck};
 use super::reader::{Fields, Reader, kind};
 use super::roles::prompt;
 use super::yaml::{Content, Entry, Node, Place};
@@ -234,7 +234,7 @@ pub(super) fn moderator(
         return None;
     };
     Some(Moderator {
-        exec: self::exec(reader, &exec.value, "exec of the moderator", host_checks)?,
+        exec: self::exec(reader, &exec.value, host::MODERATOR, host_checks)?,
         timeout,
         rehearses: rehearses.unwrap_or(false),
     })

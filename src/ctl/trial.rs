@@ -35,8 +35,10 @@ use crate::os::cgroup::{self, Cgroup};
 const BROKEN: u8 = 65;
 /// Set for who has been given a cgroup of his own already.
 const IN_SCOPE: &str = "NERVE_TRY_SCOPE";
-/// Where a worker finds credentials: a unit's has a directory of its own, root's those of the machine.
+/// Where a worker finds its credentials.
 const CREDENTIALS: &str = "CREDENTIALS_DIRECTORY";
+/// Where units have theirs from, and root's workers here.
+const CREDSTORE: &str = "/etc/credstore";
 
 /// Executes a definition to the end of one run, shows its rounds, and exits with the run's exit code.
 pub(super) async fn try_out(settings: &Settings, arguments: &Try) -> Result<u8, Failure> {
@@ -315,8 +317,9 @@ impl Place {
             .stdout(Stdio::null())
             // Ctrl-C is for us: we kill the run, and not only its worker.
             .process_group(0);
-        if rustix::process::geteuid().is_root() && env::var_os(CREDENTIALS).is_none() {
-            command.env(CREDENTIALS, "/etc/credstore");
+        let is_root = rustix::process::geteuid().is_root();
+        if is_root && env::var_os(CREDENTIALS).is_none() && Path::new(CREDSTORE).is_dir() {
+            command.env(CREDENTIALS, CREDSTORE);
         }
         if let [program, ..] = definition.workflow.worker.exec.as_slice() {
             let exec = json!(definition.workflow.worker.exec).to_string();

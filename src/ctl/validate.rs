@@ -293,6 +293,9 @@ mod tests {
             said("\"nobodys\" is not in the providers of nerve.yaml (write"),
             "{bad:?}"
         );
+        let both = RIGHT.replace("bin/true", "nonexistent") + "rules: {}\n";
+        let summary = verdict(&[("right.yaml", &both)]).summary().unwrap();
+        assert_eq!(summary, "1 error, 1 warning in 1 of 1 file");
         let missing = Verdict::on(&Settings::default(), &["/nonexistent/a.yaml".into()]).unwrap();
         assert_eq!(missing.summary().unwrap(), "1 error in 1 of 1 file");
     }

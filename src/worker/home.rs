@@ -46,9 +46,9 @@ impl Credentials {
     fn read(folder: &Path) -> io::Result<Self> {
         let mut values = BTreeMap::new();
         for entry in std::fs::read_dir(folder)? {
-            let entry = entry?;
-            if let Ok(name) = entry.file_name().into_string() {
-                values.insert(name, std::fs::read(entry.path())?);
+            let (name, path) = entry.map(|entry| (entry.file_name(), entry.path()))?;
+            if let Some(name) = name.into_string().ok().filter(|_| path.is_file()) {
+                values.insert(name, std::fs::read(path)?);
             }
         }
         let folder = folder.to_owned();

@@ -152,12 +152,33 @@ class Try(Case):
         self.assertIn("stderr: no", done.stdout)
         self.assertIn("exit-code:3", done.stderr)
         file = self.write(yaml("inner", f"[sh, -c, 'setsid sleep 7777 & echo up > {ROOT}/up; wait']"))
-        process = subprocess.Popen(["nervectl", "workflow", "try", file], stdout=subprocess.DEVNULL)
-        wait_for((ROOT / "up").exists, "the role to run")
-        process.send_signal(signal.SIGINT)
-        self.assertEqual(process.wait(timeout=30), 137)
-        self.assertEqual(sh("pgrep", "-xf", "sleep 7777", check=1).stdout, "")
-        self.assert_nothing_left()
+        for number in (signal.SIGINT, signal.SIGHUP):
+            (ROOT / "up").unlink(missing_ok=True)
+            process = subprocess.Popen(["nervectl", "workflow", "try", file], stdout=subprocess.DEVNULL)
+            wait_for((ROOT / "up").exists, "the role to run")
+            process.send_signal(number)
+            self.assertEqual(process.wait(timeout=30), 137)
+            self.assertEqual(sh("pgrep", "-xf", "sleep 7777", check=1).stdout, "")
+            self.assert_nothing_left()
+
+    def test_root_has_the_credentials_of_the_machine_and_others_what_they_say(self):
+        store = pathlib.Path("/etc/credstore/token-of-trial")
+        store.parent.mkdir(mode=0o700, exist_ok=True)
+        store.write_text("of the machine\n")
+        self.addCleanup(store.unlink)
+        (ROOT / store.name).write_text("of mine\n")
+        # Of a secret nothing but its length is shown.
+        file = self.write(yaml("inner", "[sh, -c, 'echo ${#TOKEN}']", f"    env: {{TOKEN: {{credential: {store.name}}}}}\n"))
+        self.assertIn("\n14\n", ctl("workflow", "try", file).stdout)
+        own = sh("env", f"CREDENTIALS_DIRECTORY={ROOT}", "nervectl", "workflow", "try", file).stdout
+        self.assertIn("\n7\n", own)
+
+    def test_attempts_are_no_rounds_and_who_has_no_manager_is_told(self):
+        file = self.write(yaml("inner", "[sh, -c, 'exit 3']", "    retry: {attempts: 2, backoff: 1ms}\n"))
+        done = ctl("workflow", "try", file, check=1).stdout
+        self.assertEqual(re.findall(r"--- (.*round 1): first", done), ["attempt 1 failed: round 1", "round 1"])
+        nobody = sh("runuser", "-u", "nobody", "--", "nervectl", "workflow", "try", file, check=69)
+        self.assertIn("takes root, or a user manager", nobody.stderr)
 
     def test_a_worker_that_does_not_heed_ctrl_c_is_killed(self):
         (ROOT / "deaf.py").write_text(DEAF)
