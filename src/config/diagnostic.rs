@@ -38,6 +38,8 @@ pub struct Diagnostic {
     pub message: String,
     /// What to do.
     pub help: Option<String>,
+    /// How many faults it stands for: one, but for what is too many to be told one by one.
+    pub count: usize,
 }
 
 impl fmt::Display for Diagnostic {
@@ -141,6 +143,7 @@ mod tests {
             column: 7,
             end_column: 8,
             message: "bad \u{1b}[31m\u{202e}word\r".to_owned(),
+            count: 1,
             help: Some("do\nthis".to_owned()),
         };
         assert_eq!(

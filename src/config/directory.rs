@@ -342,6 +342,7 @@ fn diagnostic(path: &Path, message: String, help: &str) -> Diagnostic {
         column: 1,
         end_column: 2,
         message,
+        count: 1,
         help: Some(help.to_owned()),
     }
 }

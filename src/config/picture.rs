@@ -83,6 +83,7 @@ mod tests {
             column: place[1],
             end_column: place[2],
             message: "wrong\u{1b}[2J".to_owned(),
+            count: 1,
             help: Some("do\u{202e} this".to_owned()),
         };
         draw(&diagnostic, line.as_bytes(), 80, paint)

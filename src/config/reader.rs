@@ -1,7 +1,6 @@
 //! Typed reading of a file: each step either gives a value or notes what is wrong, and goes on. Called by the modules of
 //! `config` that know what a file may say.
 
-use std::fmt::Write as _;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
@@ -10,7 +9,7 @@ use super::time::parse_duration;
 use super::yaml::{self, Content, Entry, Node, Place};
 use crate::model::limits;
 
-/// Most diagnostics of one file: whoever reads them mends these first.
+/// Most faults of one file that are told one by one: whoever reads them mends these first.
 pub(super) const DIAGNOSTICS: usize = 100;
 
 /// Something wrong, before it has a path.
@@ -48,6 +47,7 @@ impl Fault {
             end_column: self.place.end,
             message: self.message,
             help: self.help,
+            count: 1,
         }
     }
 }
@@ -137,18 +137,22 @@ impl Reader {
     pub fn diagnostics(mut self, path: &str) -> Vec<Diagnostic> {
         self.faults.sort();
         self.faults.dedup();
-        let more = self.faults.len().saturating_sub(DIAGNOSTICS);
-        if more > 0 {
-            // An error, if there is one at all, is among those that stay.
-            self.faults
-                .sort_by_key(|fault| (fault.severity, fault.place));
-            self.faults.truncate(DIAGNOSTICS);
-            self.faults.sort();
-        }
+        // An error, if there is one at all, is among those that stay.
+        self.faults
+            .sort_by_key(|fault| (fault.severity, fault.place));
+        let rest = self.faults.split_off(self.faults.len().min(DIAGNOSTICS));
+        self.faults.sort();
         let faults = self.faults.into_iter();
         let mut diagnostics: Vec<Diagnostic> = faults.map(|fault| fault.at(path)).collect();
-        if let Some(last) = diagnostics.last_mut().filter(|_| more > 0) {
-            let _ = write!(last.message, "; and {more} more faults");
+        for severity in [Severity::Error, Severity::Warning] {
+            let of_it = rest.iter().filter(|fault| fault.severity == severity);
+            let count = of_it.clone().count();
+            diagnostics.extend(of_it.take(1).map(|first| Diagnostic {
+                message: format!("{count} more of this kind are not shown"),
+                help: Some("mend those that are shown first".to_owned()),
+                count,
+                ..first.clone().at(path)
+            }));
         }
         diagnostics
     }

@@ -117,11 +117,11 @@ fn role(
     let (timeout, stall) = (duration("timeout"), duration("stall"));
     let cwd = fields.get("cwd").and_then(|entry| {
         let text = reader.text(&entry.value, &of("cwd"))?;
-        if !text.starts_with('/') {
+        if text.starts_with('/') {
+            host_checks.push((entry.value.place, HostCheck::Directory(text.to_owned())));
+        } else {
             let message = format!("{} is {}, which is not absolute", of("cwd"), quoted(text));
             reader.error_help(entry.value.place, message, "begin it with /");
-        } else {
-            host_checks.push((entry.value.place, HostCheck::Directory(text.to_owned())));
         }
         Some(text.to_owned())
     });

@@ -152,10 +152,9 @@ impl Verdict {
     }
 
     fn count(&self, severity: Severity) -> usize {
-        let found = self.found.iter();
-        found
-            .filter(|(found, _)| found.severity == severity)
-            .count()
+        let found = self.found.iter().map(|(found, _)| found);
+        let of_it = found.filter(|found| found.severity == severity);
+        of_it.map(|found| found.count).sum()
     }
 
     /// `2 errors, 1 warning in 1 of 3 files`; `None` when nothing is wrong.
@@ -296,6 +295,10 @@ mod tests {
         let both = RIGHT.replace("bin/true", "nonexistent") + "rules: {}\n";
         let summary = verdict(&[("right.yaml", &both)]).summary().unwrap();
         assert_eq!(summary, "1 error, 1 warning in 1 of 1 file");
+        let flood = verdict(&[("flood.yaml", &"a:\n".repeat(5_000))]);
+        let summary = flood.summary().unwrap();
+        assert_eq!(flood.found.len(), 101);
+        assert!(summary.starts_with("500"), "{summary}");
         let missing = Verdict::on(&Settings::default(), &["/nonexistent/a.yaml".into()]).unwrap();
         assert_eq!(missing.summary().unwrap(), "1 error in 1 of 1 file");
     }

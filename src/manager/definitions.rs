@@ -437,6 +437,7 @@ fn keep(
                 column: 1,
                 end_column: 2,
                 message: "no space is left for the database to keep this definition".to_owned(),
+                count: 1,
                 help: Some("make room, then run `systemctl reload nerve`".to_owned()),
             });
             Ok(None)
