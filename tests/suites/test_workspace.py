@@ -173,6 +173,29 @@ class Try(Case):
         own = sh("env", f"CREDENTIALS_DIRECTORY={ROOT}", "nervectl", "workflow", "try", file).stdout
         self.assertIn("\n7\n", own)
 
+    def test_max_rounds_binds_a_worker_of_ones_own(self):
+        worker = ROOT / "worker.py"
+        worker.write_text("""#!/usr/bin/env python3
+import json, os, socket
+stream = socket.socket(socket.AF_UNIX)
+stream.connect(os.environ["NERVE_SOCKET"])
+frames = stream.makefile("rw")
+def say(**frame):
+    print(json.dumps(frame), file=frames, flush=True)
+    return json.loads(frames.readline())
+say(type="ready", protocol=1, workflow="inner", runs=[])
+run = json.loads(frames.readline())["runId"]
+for round in range(1, 100):
+    message = {"role": "mine", "content": "", "meta": {"status": "ok"}, "timestamp": 1}
+    say(type="thread-workflow-message", runId=run, round=round, message=message)
+""")
+        worker.chmod(0o755)
+        file = self.write(f"version: 1\nname: inner\nmax_rounds: 2\nworker: {{exec: [{worker}]}}\n")
+        done = ctl("workflow", "try", file, check=70)
+        self.assertEqual(re.findall(r"round \d+", done.stdout), ["round 1", "round 2"])
+        self.assertIn("round 3 of a run that may have 2", done.stderr)
+        self.assert_nothing_left()
+
     def test_attempts_are_no_rounds_and_who_has_no_manager_is_told(self):
         file = self.write(yaml("inner", "[sh, -c, 'exit 3']", "    retry: {attempts: 2, backoff: 1ms}\n"))
         done = ctl("workflow", "try", file, check=1).stdout
