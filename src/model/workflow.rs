@@ -179,15 +179,18 @@ impl WorkerSettings {
     /// may change it, and then workers are replaced by new ones.
     #[must_use]
     pub fn digest(&self) -> String {
-        let half = |text: String| hex(&Sha256::digest(text)[..8]);
-        half(format!("{:?}", self.exec)) + &half(format!("{self:?}"))
+        self.program() + &half(format!("{self:?}"))
+    }
+
+    /// The part of the digest that tells its program from others.
+    fn program(&self) -> String {
+        half(format!("{:?}", self.exec))
     }
 
     /// Whether a worker that was started with settings of this digest is the same program.
     #[must_use]
     pub fn has_program_of(&self, digest: &str) -> bool {
-        let program = |digest: &str| digest.get(..16).map(ToOwned::to_owned);
-        program(digest) == program(&self.digest())
+        digest.starts_with(&self.program())
     }
 
     /// Interval and burst of the crash limit, systemd's and nerved's.
@@ -199,6 +202,11 @@ impl WorkerSettings {
             self.start_limit_burst.unwrap_or(burst),
         )
     }
+}
+
+/// 16 hex digits of a text's sha256.
+fn half(text: String) -> String {
+    hex(&Sha256::digest(text)[..8])
 }
 
 /// A limit in absolute terms or relative to what the machine has.
