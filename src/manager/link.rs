@@ -276,21 +276,22 @@ async fn converse(
     };
     handle.send(Event::Ready(id, outbox, ready)).await;
     while let Some(frame) = protocol::read(&mut reader, &mut line).await? {
+        if let ToManager::ThreadWorkflowMessage {
+            run_id,
+            round,
+            message,
+        }
+        | ToManager::ThreadAttempt {
+            run_id,
+            round,
+            message,
+            ..
+        } = &frame
+            && let Some(excess) = message.excess()
+        {
+            return Err(Breach::TooLarge(*run_id, *round, excess));
+        }
         let input = match frame {
-            ToManager::ThreadWorkflowMessage {
-                run_id,
-                round,
-                message,
-            }
-            | ToManager::ThreadAttempt {
-                run_id,
-                round,
-                message,
-                ..
-            } if message.excess().is_some() => {
-                let excess = message.excess().unwrap_or_default();
-                return Err(Breach::TooLarge(run_id, round, excess));
-            }
             ToManager::ThreadWorkflowMessage {
                 run_id,
                 round,

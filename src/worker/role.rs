@@ -52,7 +52,7 @@ pub(super) struct Process<'a> {
     /// What it reads.
     pub stdin: Option<&'a str>,
     pub environment: &'a [(String, String)],
-    /// How long it may take…
+    /// When it has taken too long…
     pub deadline: Option<Instant>,
     /// …and how long it may say nothing.
     pub stall: Option<Duration>,

@@ -44,9 +44,9 @@ pub(super) struct Round<'a> {
     /// What every role has, and what nerve tells this one.
     pub environment: Vec<(String, String)>,
     pub number: u32,
-    /// When the run's time-out passes.
     /// When the attempt has taken too long.
     pub deadline: Option<Instant>,
+    /// When the run's time-out passes.
     pub run_deadline: Option<Instant>,
 }
 

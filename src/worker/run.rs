@@ -309,7 +309,7 @@ impl Run {
 
     /// Puts on record that an attempt of the next round failed, and waits until the next one may begin. `Err`: the run
     /// ends instead, as a backoff is a boundary, and its time-out goes on.
-    pub(super) async fn attempt_failed(
+    async fn attempt_failed(
         &mut self,
         message: Message,
         delay: Duration,
