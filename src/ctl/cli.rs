@@ -253,7 +253,7 @@ pub(super) struct Start {
     pub workflow: OsString,
     #[command(flatten)]
     pub prompt: Prompt,
-    /// Rounds that the run may take; when it needs one more it ends (failed, 2). Without it the definition says
+    /// Rounds that the run may take; when it needs one more it ends (failed, 2). Without it the definition says, or nerve.yaml
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(limits::MAX_ROUNDS)))]
     pub max_rounds: Option<u32>,
     /// Start it once only: when a run of the workflow has this key already, that run is the answer; at most 128 bytes

@@ -135,6 +135,14 @@ class Try(Case):
         (ROOT / "inner.yaml").write_text(text)
         return ROOT / "inner.yaml"
 
+    def test_the_readme_shows_roles_that_can_be_tried(self):
+        readme = pathlib.Path(__file__).parents[2].joinpath("README.md").read_text()
+        _, shown = readme.split("## LLMs and agents as roles", 1)
+        roles = re.search(r"```yaml\n(.*?)```", shown, re.S)[1]
+        definition = self.write(f"version: 1\nname: inner\n{roles}")
+        said = ctl("workflow", "try", definition, "--dry-run", "-p", "mend it").stdout
+        self.assertEqual(re.findall(r"^--- round \d: (\w+ \(\w+\))", said, re.M), ["coder (ok)", "critic (good)"])
+
     def assert_nothing_left(self):
         self.assertEqual(list(pathlib.Path("/tmp").glob("nerve-try-*")), [])
         self.assertEqual(list(nervebox.CGROUPS.rglob("nerve-try-*")), [])
