@@ -28,8 +28,12 @@ use crate::bus::client::Round;
 use crate::config::directory::{self, Found, Trust};
 use crate::config::{definition, settings};
 use crate::model::limits;
+use crate::model::message::Message;
+use crate::model::name::RunId;
 use crate::model::workflow::Definition;
 use crate::os::cgroup::{self, Cgroup};
+use crate::worker::own;
+use crate::worker::protocol::{self, Assignment, ToManager, ToWorker, VERSION};
 
 /// Exit status for a definition that is wrong.
 const BROKEN: u8 = 65;
@@ -60,16 +64,21 @@ pub(super) async fn try_out(settings: &Settings, arguments: &Try) -> Result<u8, 
         .max_rounds
         .or(definition.workflow.max_rounds)
         .or(known.max_rounds);
-    let mut run = json!({
-        "type": "start-thread", "runId": Uuid::now_v7().simple().to_string(), "attempt": 1, "prompt": prompt,
-        "maxRounds": max_rounds.unwrap_or(limits::DEFAULT_MAX_ROUNDS),
-        "dryRun": arguments.dry_run, "createdAt": now(), "trigger": {"type": "try"}, "workflow": definition.source,
-        "timeoutMs": definition.workflow.timeout.map(|timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),
-    });
-    let tools = json!(known.tools.of(&definition.workflow));
-    if let (Some(run), Value::Object(tools)) = (run.as_object_mut(), tools) {
-        run.extend(tools);
-    }
+    let timeout = definition.workflow.timeout;
+    let run = Assignment {
+        run_id: RunId::from_bits(Uuid::now_v7().as_u128()),
+        attempt: 1,
+        prompt,
+        max_rounds: max_rounds.unwrap_or(limits::DEFAULT_MAX_ROUNDS),
+        dry_run: arguments.dry_run,
+        trigger: json!({"type": "try"}),
+        created_at: now(),
+        timeout_ms: timeout.map(millis),
+        workflow: definition.source.clone(),
+        tools: known.tools.of(&definition.workflow),
+        failed: None,
+        route: None,
+    };
     let ended = place.execute(&definition, run, &mut interrupts).await;
     place.clear().await;
     let (code, result) = ended?;
@@ -104,13 +113,13 @@ fn known(settings: &Settings, file: &Path) -> settings::Settings {
 struct Conversation {
     lines: Lines<BufReader<tokio::net::unix::OwnedReadHalf>>,
     writer: tokio::net::unix::OwnedWriteHalf,
-    assignment: Value,
+    assignment: Assignment,
     /// When the last round was done.
     since: u64,
 }
 
 impl Conversation {
-    fn new(stream: UnixStream, assignment: Value) -> Self {
+    fn new(stream: UnixStream, assignment: Assignment) -> Self {
         let (reader, writer) = stream.into_split();
         Self {
             lines: BufReader::new(reader).lines(),
@@ -127,7 +136,7 @@ impl Conversation {
         interrupts: &mut Interrupts,
         cgroup: &Cgroup,
     ) -> Result<(u8, String), Failure> {
-        let run = self.assignment["runId"].clone();
+        let run_id = self.assignment.run_id;
         let kill = || {
             cgroup.kill().map_err(cannot)?;
             Ok((137, "killed".to_owned()))
@@ -146,89 +155,95 @@ impl Conversation {
                 Err(_) if confirmed_by.is_none() => {
                     let grace = limits::DEFAULT_GRACE;
                     confirmed_by = Some(Instant::now() + grace + limits::KILL_CONFIRM);
-                    let grace = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
-                    self.say(json!({"type": "kill-thread", "runId": run, "graceMs": grace}))
-                        .await?;
+                    let grace_ms = millis(grace);
+                    self.say(&ToWorker::KillThread { run_id, grace_ms }).await?;
                     continue;
                 }
                 Ok(Err(_)) | Err(_) => return kill(),
             };
-            let frame: Value = serde_json::from_str(&text).map_err(|error| {
-                Failure::Internal(format!("the worker says what is no JSON: {error}"))
+            let frame = serde_json::from_str(&text).map_err(|error| {
+                Failure::Internal(format!("the worker says what is no frame: {error}"))
             })?;
-            let answer = |kind: &str| json!({"type": kind, "runId": run, "round": frame["round"], "attempt": frame["attempt"]});
-            match frame["type"].as_str().unwrap_or_default() {
-                "ready" => {
-                    let workflow = &frame["workflow"];
-                    self.say(json!({"type": "welcome", "protocol": 1, "workflow": workflow}))
-                        .await?;
-                    let assignment = self.assignment.clone();
+            let answer = match frame {
+                ToManager::Ready { workflow, .. } => {
+                    self.say(&ToWorker::Welcome {
+                        protocol: VERSION,
+                        workflow,
+                    })
+                    .await?;
                     // It can be longer than what fits into the socket of a worker that does not read.
-                    match interrupts.or(self.say(assignment)).await {
+                    let start = ToWorker::StartThread(self.assignment.clone());
+                    match interrupts.or(self.say(&start)).await {
                         Ok(said) => said?,
                         Err(_) => return kill(),
                     }
+                    continue;
                 }
-                "thread-workflow-message" => {
-                    let (round, most) = (&frame["round"], &self.assignment["maxRounds"]);
-                    if round.as_u64() > most.as_u64() {
+                ToManager::ThreadWorkflowMessage { round, message, .. } => {
+                    let most = self.assignment.max_rounds;
+                    if round > most {
                         return Err(Failure::Internal(format!(
                             "the worker executed round {round} of a run that may have {most}, for which nerved ends a worker; \
                              let it end the run with max-rounds, or raise max_rounds"
                         )));
                     }
-                    self.show(&frame)?;
-                    self.say(answer("message-ack")).await?;
+                    self.show(round, None, message)?;
+                    ToWorker::MessageAck { run_id, round }
                 }
-                "thread-attempt" => {
-                    self.show(&frame)?;
-                    self.say(answer("attempt-ack")).await?;
+                ToManager::ThreadAttempt {
+                    round,
+                    attempt,
+                    message,
+                    ..
+                } => {
+                    self.show(round, Some(attempt), message)?;
+                    ToWorker::AttemptAck {
+                        run_id,
+                        round,
+                        attempt,
+                    }
                 }
-                "thread-route" => self.say(answer("route-ack")).await?,
-                "thread-event" => {
-                    self.say(json!({"type": "event-ack", "runId": run})).await?;
-                    self.say(json!({"type": "shutdown", "timeoutMs": 0}))
-                        .await?;
-                    let code = frame["exitCode"]
-                        .as_u64()
-                        .and_then(|code| u8::try_from(code).ok());
-                    let result = frame["result"].as_str().unwrap_or_default();
-                    let detail = frame["detail"].as_str().map(|detail| format!(", {detail}"));
+                ToManager::ThreadRoute { round, .. } => ToWorker::RouteAck { run_id, round },
+                ToManager::ThreadEvent {
+                    exit_code,
+                    result,
+                    detail,
+                    ..
+                } => {
+                    self.say(&ToWorker::EventAck { run_id }).await?;
+                    self.say(&ToWorker::Shutdown { timeout_ms: 0 }).await?;
+                    let detail = detail.map(|detail| format!(", {detail}"));
                     let result = format!("{result}{}", detail.unwrap_or_default());
-                    return Ok((code.unwrap_or(u8::MAX), result));
+                    return Ok((exit_code, result));
                 }
-                _ => note(&line(&text)),
-            }
+                ToManager::Error { error } => {
+                    note(&line(&error));
+                    continue;
+                }
+            };
+            self.say(&answer).await?;
         }
     }
 
-    async fn say(&mut self, frame: Value) -> Result<(), Failure> {
-        let line = format!("{frame}\n");
-        self.writer.write_all(line.as_bytes()).await.map_err(cannot)
+    async fn say(&mut self, frame: &ToWorker) -> Result<(), Failure> {
+        let mut bytes = Vec::new();
+        protocol::append(&mut bytes, frame);
+        self.writer.write_all(&bytes).await.map_err(cannot)
     }
 
-    /// A round, or an attempt of one.
-    fn show(&mut self, frame: &Value) -> Result<(), Failure> {
-        let said = |key: &str| {
-            frame["message"][key]
-                .as_str()
-                .unwrap_or_default()
-                .to_owned()
-        };
+    /// A round, or an attempt of one that failed.
+    fn show(&mut self, round: u32, attempt: Option<u32>, said: Message) -> Result<(), Failure> {
         let round = Round {
-            round: frame["round"]
-                .as_u64()
-                .and_then(|round| u32::try_from(round).ok())
-                .unwrap_or(0),
-            role: said("role"),
-            content: said("content"),
-            meta: frame["message"]["meta"].to_string(),
+            round,
+            role: said.role,
+            content: said.content,
+            meta: Value::Object(said.meta).to_string(),
             timestamp: now(),
         };
         let took = span(round.timestamp.saturating_sub(self.since));
         self.since = round.timestamp;
         let text = render::thread(&[round], |_| took.clone(), Paper::stdout());
-        let text = match frame["attempt"].as_u64() {
+        let text = match attempt {
             Some(attempt) => text.replacen("---", &format!("--- attempt {attempt} failed:"), 1),
             None => text,
         };
@@ -269,7 +284,7 @@ impl Place {
     async fn execute(
         &self,
         definition: &Definition,
-        run: Value,
+        run: Assignment,
         interrupts: &mut Interrupts,
     ) -> Result<(u8, String), Failure> {
         let socket = self.directory.join("worker.sock");
@@ -323,7 +338,7 @@ impl Place {
         }
         if let [program, ..] = definition.workflow.worker.exec.as_slice() {
             let exec = json!(definition.workflow.worker.exec).to_string();
-            command.env("NERVE_WORKER_EXEC", exec);
+            command.env(own::EXEC, exec);
             note(&format!("its own worker, {}, executes it", line(program)));
         }
         for variable in &definition.workflow.worker.environment {
@@ -391,6 +406,10 @@ fn worker_path() -> Result<PathBuf, Failure> {
                 "there is no nerve-worker, neither {first} nor {second}; install nerve"
             ))
         })
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "it is what map_err hands on")]
