@@ -16,22 +16,20 @@ use sd_notify::NotifyState;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep};
 
+use super::frames;
 use super::handle::{Change, Event, Handle, INBOX, News, Overview};
 use super::hands::{Hands, World};
 use super::outbox::Outbox;
 use super::room::{Keys, Room};
 use super::tickets::Tickets;
-use crate::engine::{
-    self, Action, Answer, Dispatch, Engine, Input, LinkId, Now, Order, Staged, Turn,
-};
+use crate::engine::{self, Action, Answer, Engine, Input, LinkId, Now, Staged, Turn};
 use crate::model::audit::Audit;
 use crate::model::message::Message;
 use crate::model::name::RunId;
 use crate::model::run::{Run, RunEvent};
-use crate::model::tools::Tools;
 use crate::os::clock;
 use crate::store::{self, Store};
-use crate::worker::protocol::{Assignment, FailedAttempts, Route, ToWorker, VERSION};
+use crate::worker::protocol::ToWorker;
 
 /// Most inputs of one turn: a turn is one transaction, and its clients wait for all of it.
 const TURN: usize = 256;
@@ -339,13 +337,15 @@ impl Driver {
                         thread => {
                             let thread = thread.and_then(Result::ok).unwrap_or_default();
                             let tools = self.hands.tools(&dispatch.definition.workflow);
-                            self.tell(link, &assignment(&dispatch, tools, thread));
+                            self.tell(link, &frames::assignment(&dispatch, tools, thread));
                         }
                     }
                 }
                 Action::Tell { link, order } => {
-                    let frame = self.frame(link, order);
-                    self.tell(link, frame.as_slice());
+                    let workflow = self.links.get(&link).map(|outbox| outbox.workflow.clone());
+                    if let Some(workflow) = workflow {
+                        self.tell(link, &[frames::order(order, workflow)]);
+                    }
                 }
                 Action::Refuse { link, error } => {
                     self.refuse(link, error);
@@ -379,41 +379,6 @@ impl Driver {
         if let Some(outbox) = self.links.get_mut(&link) {
             outbox.send(frames);
         }
-    }
-
-    fn frame(&self, link: LinkId, order: Order) -> Vec<ToWorker> {
-        let workflow = self.links.get(&link).map(|outbox| outbox.workflow.clone());
-        vec![match (order, workflow) {
-            (Order::Welcome, Some(workflow)) => ToWorker::Welcome {
-                protocol: VERSION,
-                workflow,
-            },
-            (Order::Welcome, None) => return Vec::new(),
-            (Order::KillThread { run, grace_us }, _) => ToWorker::KillThread {
-                run_id: run,
-                grace_ms: grace_us / 1_000,
-            },
-            (Order::AbortThread { run, reason }, _) => ToWorker::AbortThread {
-                run_id: run,
-                reason,
-            },
-            (Order::MessageAck { run, round }, _) => ToWorker::MessageAck { run_id: run, round },
-            (
-                Order::AttemptAck {
-                    run,
-                    round,
-                    attempt,
-                },
-                _,
-            ) => ToWorker::AttemptAck {
-                run_id: run,
-                round,
-                attempt,
-            },
-            (Order::RouteAck { run, round }, _) => ToWorker::RouteAck { run_id: run, round },
-            (Order::EventAck { run }, _) => ToWorker::EventAck { run_id: run },
-            (Order::Shutdown, _) => ToWorker::Shutdown { timeout_ms: 0 },
-        }]
     }
 
     /// Tells systemd that the loop turns, and people what it is about; returns when to come again.
@@ -496,49 +461,4 @@ fn read_threads(store: &Store, runs: &[RunId]) -> Result<Threads, store::Error> 
         threads.insert(*run, thread);
     }
     Ok(threads)
-}
-
-/// The frames that give a run to a worker: a start, or a resume with its rounds.
-fn assignment(dispatch: &Dispatch, tools: Tools, thread: Vec<Message>) -> Vec<ToWorker> {
-    let run_id = dispatch.run;
-    let mut thread = thread.into_iter();
-    let Some(mut start) = thread.next() else {
-        tracing::error!(run_id = %run_id, "run {run_id} has no start");
-        return Vec::new();
-    };
-    let assignment = Assignment {
-        run_id,
-        attempt: dispatch.attempt,
-        prompt: start.content,
-        max_rounds: dispatch.max_rounds,
-        dry_run: dispatch.dry_run,
-        trigger: start.meta.remove("trigger").unwrap_or_default(),
-        created_at: start.timestamp,
-        timeout_ms: dispatch.timeout_us.map(|us| us / 1_000),
-        workflow: dispatch.definition.source.clone(),
-        tools,
-        failed: dispatch.failed.map(|(attempts, wait_us)| FailedAttempts {
-            round: dispatch.rounds + 1,
-            attempts,
-            wait_ms: wait_us.div_ceil(1_000),
-        }),
-        route: dispatch.route.clone().map(|target| Route {
-            round: dispatch.rounds + 1,
-            target,
-        }),
-    };
-    if dispatch.attempt == 1 && dispatch.rounds == 0 {
-        return vec![ToWorker::StartThread(assignment)];
-    }
-    let message = |(round, message)| ToWorker::ThreadMessage {
-        run_id,
-        round,
-        message,
-    };
-    std::iter::once(ToWorker::ResumeThread {
-        assignment,
-        messages: dispatch.rounds,
-    })
-    .chain((1..).zip(thread).map(message))
-    .collect()
 }

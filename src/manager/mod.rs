@@ -9,6 +9,7 @@
 
 pub mod definitions;
 pub mod driver;
+mod frames;
 pub mod handle;
 pub mod hands;
 pub mod link;

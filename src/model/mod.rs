@@ -4,6 +4,7 @@
 //! proved, and a [`run::Run`] changes only through [`run::Run::after`].
 
 pub mod audit;
+mod event;
 pub mod exit;
 pub mod hex;
 pub mod limits;
