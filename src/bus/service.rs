@@ -298,10 +298,10 @@ impl Manager {
         let thread = self.store.thread(id, range).await.map_err(unreadable)?;
         let round = |round: store::Round| Round {
             round: round.round,
-            role: without_nul(&round.message.role),
-            content: without_nul(&round.message.content),
-            meta: serde_json::Value::Object(round.message.meta).to_string(),
-            timestamp: round.message.timestamp,
+            role: without_nul(&round.role),
+            content: without_nul(&round.content),
+            meta: round.meta,
+            timestamp: round.timestamp,
         };
         Ok(thread.into_iter().map(round).collect())
     }
@@ -400,7 +400,7 @@ impl Manager {
         };
         let start = self.store.thread(id, only_start);
         let start = start.await.map_err(unreadable)?.into_iter().next();
-        Ok(start.map(|start| start.message.content))
+        Ok(start.map(|start| start.content))
     }
 
     /// The run that has the key already is the answer if it was started with the same.

@@ -28,7 +28,7 @@ use crate::model::message::Message;
 use crate::model::name::RunId;
 use crate::model::run::{Run, RunEvent};
 use crate::os::clock;
-use crate::store::{self, Store};
+use crate::store::{self, Round, Store};
 use crate::worker::protocol::ToWorker;
 
 /// Most inputs of one turn: a turn is one transaction, and its clients wait for all of it.
@@ -453,8 +453,10 @@ fn dispatched(action: &Action) -> Option<RunId> {
 fn read_threads(store: &Store, runs: &[RunId]) -> Result<Threads, store::Error> {
     let mut threads = Threads::new();
     for run in runs {
-        let thread = match store.thread(*run, &store::ThreadRange::default()) {
-            Ok(thread) => Ok(thread.into_iter().map(|round| round.message).collect()),
+        let thread = store.thread(*run, &store::ThreadRange::default());
+        let thread = thread.and_then(|thread| thread.into_iter().map(Round::into_message).collect());
+        let thread = match thread {
+            Ok(thread) => Ok(thread),
             Err(error) if error.is_damage() => Err(error.to_string()),
             Err(error) => return Err(error),
         };

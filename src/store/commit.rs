@@ -1,7 +1,7 @@
 //! A turn of the manager becomes durable: its events, chained, and what they add up to, in one transaction.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use rusqlite::types::Value;
 use rusqlite::{Transaction, params, params_from_iter};
@@ -25,18 +25,21 @@ impl Store {
         let blobs = self.blobs.clone();
         self.write(|transaction, head| {
             let mut changed: BTreeMap<_, _> = turn.runs.iter().collect();
+            let mut began = BTreeSet::new();
             for staged in &turn.events {
                 append(transaction, head, &blobs, staged)?;
-                if let Event::Run(id, RunEvent::Queued(accepted)) = &staged.event {
+                match &staged.event {
                     // In the order of acceptance, and at once as it is when the turn is over.
-                    match changed.remove(id) {
+                    Event::Run(id, RunEvent::Queued(accepted)) => match changed.remove(id) {
                         Some(run) => insert(transaction, run, accepted)?,
                         None => insert(
                             transaction,
                             &Run::accept(*id, staged.at, accepted),
                             accepted,
                         )?,
-                    }
+                    },
+                    Event::Run(id, RunEvent::Started { .. }) => drop(began.insert(id)),
+                    _ => {}
                 }
             }
             for audit in audits {
@@ -51,7 +54,7 @@ impl Store {
                 head.append(transaction, &entry)?;
             }
             for run in changed.into_values() {
-                update(transaction, run)?;
+                update(transaction, run, began.contains(&run.id))?;
             }
             for (workflow, record) in &turn.workers {
                 transaction
@@ -156,26 +159,27 @@ fn insert(transaction: &Transaction<'_>, run: &Run, accepted: &Accepted) -> Resu
     Ok(())
 }
 
-fn update(transaction: &Transaction<'_>, run: &Run) -> Result<(), Error> {
-    let state = state(run);
-    // What changes at the end alone is in most of the indexes, each of which would be written anew.
-    let (end, changed) = match run.ended() {
-        Some(_) => (
-            ", exit_code = ?10, result = ?11, ended_at = ?12",
-            &state[..],
-        ),
-        None => ("", &state[..9]),
+/// What changes at the beginning and at the end alone is written only then: it is in most of the indexes, or refers to
+/// another table.
+fn update(transaction: &Transaction<'_>, run: &Run, began: bool) -> Result<(), Error> {
+    let (fixed, parameters) = if began {
+        (", max_rounds = ?7, definition = ?8, started_at = ?9", 9)
+    } else {
+        ("", 6)
+    };
+    let (end, parameters) = match run.ended() {
+        Some(_) => (", exit_code = ?10, result = ?11, ended_at = ?12", 12),
+        None => ("", parameters),
     };
     let mut update = transaction.prepare_cached(&format!(
-        "UPDATE workflow_runs SET status = ?2, killing = ?3, aborting = ?4, reason = ?5, rounds = ?6, max_rounds = ?7,
-             definition = ?8, started_at = ?9{end}
+        "UPDATE OR FAIL workflow_runs SET status = ?2, killing = ?3, aborting = ?4, reason = ?5, rounds = ?6{fixed}{end}
          WHERE run = ?1",
     ))?;
-    update.execute(params_from_iter(changed))?;
+    update.execute(params_from_iter(&state(run)[..parameters]))?;
     Ok(())
 }
 
-/// A run's id, what of it changes, and from the tenth on what changes at its end alone.
+/// A run's id, what of it changes, from the seventh on what its beginning fixes, and from the tenth on its end.
 fn state(run: &Run) -> [Value; 12] {
     let (started, ended) = (run.started(), run.ended());
     [

@@ -364,7 +364,7 @@ mod tests {
             .unwrap();
         let said = thread
             .into_iter()
-            .map(|round| (round.round, round.message.content));
+            .map(|round| (round.round, round.content));
         said.collect()
     }
 

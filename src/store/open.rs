@@ -163,6 +163,8 @@ fn attempt(path: &Path) -> Result<Connection, Error> {
     // Until it is known to be whole, closing it changes nothing either.
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
+    // A statement is planned once, and not again for each limit that is bound to it.
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
     set(&connection, "locking_mode", "EXCLUSIVE", "exclusive")?;
     set(&connection, "trusted_schema", "OFF", "0")?;
     set(&connection, "cell_size_check", "ON", "1")?;

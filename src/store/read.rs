@@ -6,6 +6,7 @@ use rusqlite::{Connection, OptionalExtension as _, Row, params};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use serde_json::value::RawValue;
 
 use super::blob::{Blobs, Digest};
 use super::log::{Logged, WORKFLOW};
@@ -59,11 +60,41 @@ pub struct EventRow {
     pub timestamp: u64,
 }
 
-/// A message and its place in the thread.
+/// A message as it was written, and its place in the thread.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Round {
     pub round: u32,
-    pub message: Message,
+    pub role: String,
+    pub content: String,
+    /// A JSON object, as text: most who read it hand it on.
+    pub meta: String,
+    /// µs since the epoch.
+    pub timestamp: u64,
+}
+
+impl Round {
+    fn of(round: u32, message: Message) -> Self {
+        Self {
+            round,
+            role: message.role,
+            content: message.content,
+            meta: Value::Object(message.meta).to_string(),
+            timestamp: message.timestamp,
+        }
+    }
+
+    /// The message, to be looked into.
+    ///
+    /// # Errors
+    /// When its meta is no JSON object.
+    pub fn into_message(self) -> Result<Message, Error> {
+        Ok(Message {
+            role: self.role,
+            meta: parsed(0, &self.meta)?,
+            content: self.content,
+            timestamp: self.timestamp,
+        })
+    }
 }
 
 /// Which part of a thread; by default all of it.
@@ -114,9 +145,15 @@ pub(super) fn run_row(row: &Row<'_>) -> Result<RunRow, Error> {
 
 pub(super) fn find(connection: &Connection, tail: &RunTail) -> Result<Found, Error> {
     let prefix = tail.reversed();
-    // 'g' is above every hex digit, so this bounds the prefix from above.
+    // Each part of the index is asked. 'g' is above every hex digit, so this bounds the prefix from above.
     let mut select = connection.prepare_cached(
-        "SELECT run FROM workflow_runs WHERE tail >= ?1 AND tail < ?1 || 'g' LIMIT 2",
+        "WITH RECURSIVE parts (part) AS (
+             SELECT min(seq) >> 12 FROM workflow_runs
+             UNION ALL
+             SELECT part + 1 FROM parts WHERE part < (SELECT max(seq) >> 12 FROM workflow_runs)
+         )
+         SELECT run FROM parts CROSS JOIN workflow_runs INDEXED BY runs_by_tail
+         ON seq >> 12 = part AND tail >= ?1 AND tail < ?1 || 'g' LIMIT 2",
     )?;
     let found: Vec<String> = select
         .query_map([prefix], |row| row.get(0))?
@@ -139,7 +176,15 @@ fn event(row: &Row<'_>) -> Result<(RunEvent, u64), Error> {
 #[derive(Deserialize)]
 struct Said {
     round: u32,
-    message: Message,
+    message: Spoken,
+}
+
+#[derive(Deserialize)]
+struct Spoken {
+    role: String,
+    content: String,
+    meta: Box<RawValue>,
+    timestamp: u64,
 }
 
 /// What the event of this number says.
@@ -241,10 +286,20 @@ impl<'a> Rounds<'a> {
         let text = line.blob.map(|digest| text_of(self.blobs, digest));
         let text = text.transpose()?;
         self.bytes += line.payload.len() + text.as_ref().map_or(0, String::len);
-        let (round, message) = if line.event_type == RunEvent::MESSAGE {
-            let Said { round, mut message } = parsed(line.seq, line.payload)?;
-            message.content = text.unwrap_or(message.content);
-            (round, message)
+        let round = if line.event_type == RunEvent::MESSAGE {
+            let Said { round, message } = parsed(line.seq, line.payload)?;
+            if !message.meta.get().starts_with('{') {
+                let source = serde::de::Error::custom("its meta is no object");
+                let seq = super::sql(line.seq);
+                return Err(Error::Event { seq, source });
+            }
+            Round {
+                round,
+                role: message.role,
+                content: text.unwrap_or(message.content),
+                meta: Box::<str>::from(message.meta).into(),
+                timestamp: message.timestamp,
+            }
         } else {
             let mut event = parsed::<RunEvent>(line.seq, line.payload)?;
             if let Some((place, text)) = event.text_mut().zip(text) {
@@ -252,16 +307,15 @@ impl<'a> Rounds<'a> {
             }
             match event {
                 RunEvent::Queued(accepted) => {
-                    let start = accepted.start_message(self.id, self.limit, line.at);
-                    (0, start)
+                    Round::of(0, accepted.start_message(self.id, self.limit, line.at))
                 }
-                RunEvent::Imported(imported) => (0, imported.start_message(self.id)),
+                RunEvent::Imported(imported) => Round::of(0, imported.start_message(self.id)),
                 _ => return Ok(true),
             }
         };
         let has_room = self.most.is_none_or(|most| self.bytes <= most);
         if has_room || self.newest_first.is_empty() {
-            self.newest_first.push(Round { round, message });
+            self.newest_first.push(round);
         }
         Ok(has_room)
     }

@@ -256,12 +256,25 @@ fn a_thread_is_read_whole_by_its_end_and_in_pieces() {
     assert_eq!(newer(None, Some(2), 0), [1]);
     assert_eq!(newer(Some(1), None, 0), [2]);
     assert!(newer(None, None, 2).is_empty() && newer(None, Some(1), 9).is_empty());
-    let start = &store.thread(id(1), &ThreadRange::default()).unwrap()[0].message;
+    let start = store.thread(id(1), &ThreadRange::default()).unwrap()[0].clone().into_message().unwrap();
     assert_eq!(
         (start.role.as_str(), start.content.as_str()),
         ("__start__", "do it")
     );
     assert_eq!(start.meta["maxRounds"], 7);
+    let said = r#"{"type":"thread-workflow-message","round":3,"message":{"role":"a","content":"","meta":[],"timestamp":1}}"#;
+    store
+        .connection
+        .execute(
+            "INSERT INTO events SELECT 1 + max(seq), source, ?1, ref, ?2, NULL, at, hash FROM events",
+            [RunEvent::MESSAGE, said],
+        )
+        .unwrap();
+    let damaged = store.thread(id(1), &ThreadRange::default()).unwrap_err();
+    let Error::Event { seq: 20, source } = damaged else {
+        panic!("{damaged}");
+    };
+    assert_eq!(source.to_string(), "its meta is no object");
 }
 
 #[test]
@@ -292,6 +305,21 @@ fn a_tail_finds_one_run_none_or_several() {
     assert_eq!(find("a"), Found::Several);
     assert_eq!(find("c"), Found::None);
     assert_eq!(find("F"), Found::None);
+    // However far apart they were accepted.
+    let apart = "UPDATE workflow_runs SET seq = seq + 20000 WHERE run = ?1";
+    store
+        .connection
+        .execute(apart, [id(0x2a).to_string()])
+        .unwrap();
+    assert_eq!(find("2a"), Found::One(id(0x2a)));
+    assert_eq!(find("1a"), Found::One(id(0x1a)));
+    assert_eq!(find("a"), Found::Several);
+    assert_eq!(find("c"), Found::None);
+    store
+        .connection
+        .execute("DELETE FROM workflow_runs", [])
+        .unwrap();
+    assert_eq!(find("a"), Found::None);
 }
 
 #[test]
@@ -336,9 +364,9 @@ fn long_texts_are_blobs_and_the_thread_has_them() {
     message.content.clone_from(&long);
     commit(&mut store, id(1), &life);
     let thread = store.thread(id(1), &ThreadRange::default()).unwrap();
-    assert_eq!(thread[0].message.content, long);
-    assert_eq!(thread[1].message.content, long);
-    assert_eq!(thread[2].message.content, "b said");
+    assert_eq!(thread[0].content, long);
+    assert_eq!(thread[1].content, long);
+    assert_eq!(thread[2].content, "b said");
     let count = |sql: &str| -> u32 {
         store
             .connection
