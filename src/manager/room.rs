@@ -10,6 +10,7 @@ use tokio::time::Instant;
 use super::handle::{Change, Event};
 use crate::engine::{Answer, Input, LinkId};
 use crate::model::limits;
+use crate::model::message::Message;
 use crate::model::name::{RunId, WorkflowName};
 use crate::model::status::RunResult;
 use crate::os::disk;
@@ -98,8 +99,9 @@ impl Room {
     }
 
     /// A reply of this length has to wait.
-    fn is_too_long(&self, bytes: usize) -> bool {
-        self.is_scarce() && (bytes > limits::INLINE_BYTES || self.log.is_half_used())
+    fn is_too_long(&self, message: &Message) -> bool {
+        let is_long = || message.content.len().max(message.meta_bytes()) > limits::INLINE_BYTES;
+        self.is_scarce() && (self.log.is_half_used() || is_long())
     }
 
     /// Makes long texts durable before anything knows of them, so that one which the disk does not take concerns nobody
@@ -181,7 +183,7 @@ impl Room {
                     ..
                 },
             ) if is_refused
-                || self.is_too_long(message.content.len().max(message.meta_bytes()))
+                || self.is_too_long(message)
                 || self.held_back.contains(&(link, run)) =>
             {
                 self.held_back.insert((link, run));
@@ -218,6 +220,15 @@ fn mebibytes(bytes: u64) -> String {
 mod tests {
     use super::*;
 
+    fn said(bytes: usize) -> Message {
+        Message {
+            role: "a".to_owned(),
+            content: "x".repeat(bytes),
+            meta: serde_json::Map::new(),
+            timestamp: 0,
+        }
+    }
+
     #[test]
     fn room_is_scarce_until_there_is_twice_as_much() {
         let mut room = Room::new("/var/lib/nerve".into(), Log::default());
@@ -228,8 +239,8 @@ mod tests {
             "no space left on device (ENOSPC): 15.9 MiB are available in /var/lib/nerve, and 16.0 MiB are wanted"
         );
         room.scarcity = room.why(2 * limits::ROOM_BYTES - 1);
-        assert!(room.is_scarce() && room.is_too_long(limits::INLINE_BYTES + 1));
-        assert!(!room.is_too_long(limits::INLINE_BYTES));
+        assert!(room.is_scarce() && room.is_too_long(&said(limits::INLINE_BYTES + 1)));
+        assert!(!room.is_too_long(&said(limits::INLINE_BYTES)));
         assert_eq!(room.why(2 * limits::ROOM_BYTES), None);
     }
 
@@ -246,6 +257,6 @@ mod tests {
                 .unwrap()
                 .contains("17.0 MiB cannot be moved")
         );
-        assert!(room.is_too_long(0));
+        assert!(room.is_too_long(&said(0)));
     }
 }

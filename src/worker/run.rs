@@ -224,7 +224,7 @@ impl Run {
             tokio::select! {
                 biased;
                 order = orders.recv() => heed(order)?,
-                () = sleep_until(until) => break,
+                () = reached(until) => break,
             }
         }
         match self.deadline {
@@ -431,6 +431,13 @@ fn heed(order: Option<Order>) -> Result<(), End> {
         Some(Order::Kill { .. }) | None => Err(RunResult::Killed.into()),
         Some(Order::Abort) => Err(RunResult::Aborted.into()),
         Some(_) => Ok(()),
+    }
+}
+
+/// What is reached already is not waited for: a timer takes a millisecond at least.
+async fn reached(instant: Instant) {
+    if instant > Instant::now() {
+        sleep_until(instant).await;
     }
 }
 
