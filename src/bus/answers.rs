@@ -97,7 +97,9 @@ pub(super) fn started(
 
 /// What the end of a run came with.
 pub(super) fn detail(events: &[EventRow]) -> String {
-    let end = events.iter().rfind(|event| event.event_type == "ended");
+    let end = events
+        .iter()
+        .rfind(|event| event.event_type == RunEvent::ENDED);
     let detail = end.and_then(|end| Some(payload(end).get("detail")?.as_str()?.to_owned()));
     detail.unwrap_or_default()
 }

@@ -335,7 +335,7 @@ impl Client {
             let first = thread.first().map(|message| message.round);
             let before = first.or(options.before.filter(|before| *before > 0));
             let limit = options.limit.map(|limit| limit.saturating_sub(have));
-            if limit == Some(0) || first == Some(0) {
+            if limit == Some(0) && have > 0 || first == Some(0) {
                 return Ok(thread);
             }
             let wanted = ThreadOptions {

@@ -160,9 +160,9 @@ impl Engine {
         self.record(id, event)?;
         let now = self.now.boot_us;
         if let Some(open) = self.open.get_mut(&id) {
-            open.timeout_at = limits
-                .timeout
-                .map(|timeout| now + micros(timeout + limits::TIMEOUT_SLACK));
+            open.timeout_at = limits.timeout.map(|timeout| {
+                now.saturating_add(micros(timeout.saturating_add(limits::TIMEOUT_SLACK)))
+            });
             open.definition = Some(definition);
         }
         Ok(())

@@ -134,7 +134,8 @@ impl Engine {
     /// When nerved enforces the time-out of a run that an earlier nerved started. Within a boot the clock never jumped;
     /// across a reboot the wall clock is all there is.
     fn timeout_at(&self, open: &Open) -> Option<u64> {
-        let timeout = micros(open.definition.as_ref()?.workflow.timeout? + limits::TIMEOUT_SLACK);
+        let timeout = open.definition.as_ref()?.workflow.timeout?;
+        let timeout = micros(timeout.saturating_add(limits::TIMEOUT_SLACK));
         let started = open.run.started()?;
         if started.since.boot_id == self.boot_id {
             return Some(started.since.boot_us.saturating_add(timeout));

@@ -1406,6 +1406,15 @@ fn nerved_enforces_the_time_out_when_the_worker_does_not() {
 }
 
 #[test]
+fn the_longest_time_out_there_is_never_passes() {
+    let longest = "timeout: 18446744073709s";
+    let (mut world, _) = World::working(longest);
+    world.advance(Duration::from_secs(1_000_000_000));
+    assert_eq!(world.orders(), []);
+    world.restart(&workflow(longest));
+}
+
+#[test]
 fn time_in_the_queue_does_not_count() {
     let (mut world, first) = World::working("timeout: 10s");
     let second = world.start();

@@ -454,7 +454,8 @@ fn read_threads(store: &Store, runs: &[RunId]) -> Result<Threads, store::Error> 
     let mut threads = Threads::new();
     for run in runs {
         let thread = store.thread(*run, &store::ThreadRange::default());
-        let thread = thread.and_then(|thread| thread.into_iter().map(Round::into_message).collect());
+        let thread =
+            thread.and_then(|thread| thread.into_iter().map(Round::into_message).collect());
         let thread = match thread {
             Ok(thread) => Ok(thread),
             Err(error) if error.is_damage() => Err(error.to_string()),

@@ -307,7 +307,7 @@ impl RunEvent {
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Queued(_) => "queued",
+            Self::Queued(_) => Self::QUEUED,
             Self::Started { .. } => "started",
             Self::Dispatched { .. } => "dispatched",
             Self::ThreadWorkflowMessage { .. } => Self::MESSAGE,
@@ -316,7 +316,7 @@ impl RunEvent {
             Self::WorkerLost { .. } => "worker-lost",
             Self::KillRequested(_) => Self::KILL,
             Self::AbortRequested(_) => Self::ABORT,
-            Self::Ended { .. } => "ended",
+            Self::Ended { .. } => Self::ENDED,
             Self::Imported(_) => Self::IMPORTED,
         }
     }
@@ -327,6 +327,8 @@ impl RunEvent {
     pub const QUEUED: &str = "queued";
     /// Type of the only event that is nerve's own of a run that was imported; it holds the prompt.
     pub const IMPORTED: &str = "imported";
+    /// Type of a run's last event.
+    pub const ENDED: &str = "ended";
     /// Type of the event that begins a kill.
     pub const KILL: &str = "kill-requested";
     /// Type of the event that begins an abort.

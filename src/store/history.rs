@@ -116,13 +116,8 @@ impl Store {
     }
 
     fn part(&self, id: RunId, row: RunRow) -> Result<Part, Error> {
-        let mut select = self.connection.prepare_cached(&format!(
-            "SELECT {} FROM events WHERE ref = ?1 AND source <> 'audit' ORDER BY seq",
-            Logged::COLUMNS
-        ))?;
-        let events = select.query_map([id.to_string()], Logged::of)?;
         Ok(Part {
-            events: events.collect::<Result<_, _>>()?,
+            events: self.map_logged(id, |event| event)?,
             files: self.archived()?,
             folder: cold::folder(self.directory()),
             blobs: self.blobs().clone(),
@@ -187,7 +182,7 @@ impl Part {
                 .saturating_sub(limit)
                 .max(1)
         });
-        let oldest = oldest.max(range.after.map_or(0, |after| after + 1));
+        let oldest = oldest.max(range.after.map_or(0, |after| after.saturating_add(1)));
         let mut said: BTreeMap<u32, Logged> = BTreeMap::new();
         let mut bytes = 0;
         self.each(id, |event| {

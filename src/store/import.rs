@@ -362,9 +362,7 @@ mod tests {
         let thread = store
             .thread(run_id("old"), &ThreadRange::default())
             .unwrap();
-        let said = thread
-            .into_iter()
-            .map(|round| (round.round, round.content));
+        let said = thread.into_iter().map(|round| (round.round, round.content));
         said.collect()
     }
 

@@ -167,9 +167,10 @@ pub(super) fn find(connection: &Connection, tail: &RunTail) -> Result<Found, Err
 
 fn event(row: &Row<'_>) -> Result<(RunEvent, u64), Error> {
     let payload: String = row.get("payload")?;
-    let seq = row.get("seq")?;
-    let event = serde_json::from_str(&payload).map_err(|source| Error::Event { seq, source })?;
-    Ok((event, unsigned(row, "at")?))
+    Ok((
+        parsed(unsigned(row, "seq")?, &payload)?,
+        unsigned(row, "at")?,
+    ))
 }
 
 /// A message as its event has it: read at once, and not by way of everything that an event can be.
@@ -200,6 +201,9 @@ pub(super) fn round_of(event: &Logged) -> Result<u32, Error> {
     Ok(parsed::<Said>(event.seq, &event.payload)?.round)
 }
 
+/// What of a message's meta an event of its run says.
+const SHOWN: [&str; 4] = ["status", "exitCode", "signal", "result"];
+
 /// An event without what is large and said elsewhere: the prompt, and what messages hold.
 pub(super) fn shortened(event: &Logged) -> EventRow {
     let mut payload: Result<Value, _> = serde_json::from_str(&event.payload);
@@ -209,7 +213,7 @@ pub(super) fn shortened(event: &Logged) -> EventRow {
         if let Some(Value::Object(message)) = payload.get_mut("message") {
             message.remove("content");
             if let Some(Value::Object(meta)) = message.get_mut("meta") {
-                meta.remove("stderr");
+                meta.retain(|key, _| SHOWN.contains(&key.as_str()));
             }
         }
     }
@@ -358,16 +362,21 @@ impl Store {
     /// # Errors
     /// When the database cannot be read.
     pub fn events(&self, id: RunId) -> Result<Vec<EventRow>, Error> {
+        self.map_logged(id, |event| shortened(&event))
+    }
+
+    /// The same as they were written, each made something of.
+    pub(super) fn map_logged<T>(
+        &self,
+        id: RunId,
+        of: impl Fn(Logged) -> T,
+    ) -> Result<Vec<T>, Error> {
         let mut select = self.connection.prepare_cached(&format!(
             "SELECT {} FROM events WHERE ref = ?1 AND source <> 'audit' ORDER BY seq",
             Logged::COLUMNS
         ))?;
-        let mut rows = select.query([id.to_string()])?;
-        let mut events = Vec::new();
-        while let Some(row) = rows.next()? {
-            events.push(shortened(&Logged::of(row)?));
-        }
-        Ok(events)
+        let events = select.query_map([id.to_string()], |row| Ok(of(Logged::of(row)?)))?;
+        Ok(events.collect::<Result<_, _>>()?)
     }
 
     /// Part of a thread, oldest first, as far as the database has it: [`super::Handle::thread`] knows the archive too.
@@ -514,7 +523,7 @@ impl Store {
             let name: WorkflowName = name
                 .parse()
                 .map_err(|error: InvalidName| Error::Damaged(error.to_string()))?;
-            workers.insert(name, json(&record)?);
+            workers.insert(name, parsed(0, &record)?);
         }
         Ok(workers)
     }
@@ -528,7 +537,7 @@ impl Store {
             .connection
             .prepare_cached("SELECT value FROM manager WHERE name = 'pause'")?;
         let value: Option<String> = select.query_row([], |row| row.get(0)).optional()?;
-        value.as_deref().map(json).transpose()
+        value.map(|value| parsed(0, &value)).transpose()
     }
 
     /// The run of this workflow that has this key.
@@ -545,8 +554,4 @@ impl Store {
         let parsed = run.map(|run| run.parse()).transpose();
         parsed.map_err(|error: InvalidName| Error::Damaged(error.to_string()))
     }
-}
-
-fn json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, Error> {
-    serde_json::from_str(text).map_err(|source| Error::Event { seq: 0, source })
 }

@@ -256,7 +256,10 @@ fn a_thread_is_read_whole_by_its_end_and_in_pieces() {
     assert_eq!(newer(None, Some(2), 0), [1]);
     assert_eq!(newer(Some(1), None, 0), [2]);
     assert!(newer(None, None, 2).is_empty() && newer(None, Some(1), 9).is_empty());
-    let start = store.thread(id(1), &ThreadRange::default()).unwrap()[0].clone().into_message().unwrap();
+    let start = store.thread(id(1), &ThreadRange::default()).unwrap()[0]
+        .clone()
+        .into_message()
+        .unwrap();
     assert_eq!(
         (start.role.as_str(), start.content.as_str()),
         ("__start__", "do it")

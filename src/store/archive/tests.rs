@@ -555,13 +555,15 @@ fn parts_of_an_archived_thread_are_those_of_a_live_one() {
             for limit in [None, Some(0), Some(1), Some(2), Some(9)] {
                 for before in [None, Some(1), Some(2), Some(3), Some(9)] {
                     for bytes in [None, Some(1), Some(400), Some(100_000)] {
-                        let range = ThreadRange {
-                            limit,
-                            before,
-                            after: None,
-                            bytes,
-                        };
-                        all.push(runtime.block_on(store.thread(id(number), range)).unwrap());
+                        for after in [None, Some(0), Some(1), Some(u32::MAX)] {
+                            let range = ThreadRange {
+                                limit,
+                                before,
+                                after,
+                                bytes,
+                            };
+                            all.push(runtime.block_on(store.thread(id(number), range)).unwrap());
+                        }
                     }
                 }
             }
