@@ -164,7 +164,7 @@ impl Home {
         }
     }
 
-    /// Sends one line of a role to the journal.
+    /// Sends one line of a role to the journal; whether that took it in time.
     pub(super) async fn log(
         &self,
         run: RunId,
@@ -172,7 +172,7 @@ impl Home {
         round: u32,
         priority: &[u8],
         line: &[u8],
-    ) {
+    ) -> bool {
         let (run, round) = (run.to_string(), round.to_string());
         let fields: [(&str, &[u8]); 7] = [
             ("MESSAGE", line),
@@ -184,6 +184,7 @@ impl Home {
             ("NERVE_ROUND", round.as_bytes()),
         ];
         // A journal that is away must hold up nobody; the round keeps the tail.
-        let _ = self.journal.send(&fields).await;
+        let sent = self.journal.send(&fields).await;
+        !sent.is_err_and(|error| error.kind() == io::ErrorKind::TimedOut)
     }
 }

@@ -109,10 +109,13 @@ impl Redactor {
         found
     }
 
+    fn longest(&self) -> usize {
+        self.forms.iter().map(Vec::len).max().unwrap_or(1)
+    }
+
     /// Where the end of these bytes begins that may be the beginning of a secret.
     fn open(&self, bytes: &[u8]) -> usize {
-        let longest = self.forms.iter().map(Vec::len).max().unwrap_or(1);
-        let first = bytes.len().saturating_sub(longest - 1);
+        let first = bytes.len().saturating_sub(self.longest() - 1);
         let is_beginning = |end: &[u8]| {
             let at = self.forms.partition_point(|form| form.as_slice() < end);
             self.forms.get(at).is_some_and(|form| form.starts_with(end))
@@ -134,18 +137,28 @@ impl Stream {
     /// What can be said after one more piece.
     pub fn push(&mut self, piece: &[u8]) -> Vec<u8> {
         self.held.extend_from_slice(piece);
+        let open = self.redactor.open(&self.held);
         let found = self.redactor.found(&self.held);
-        let whole = found.last().map_or(0, |range| range.end);
-        let rest = self
-            .held
-            .split_off(self.redactor.open(&self.held).max(whole));
+        // What is found may be part of a longer one, which is waited for, but not for ever.
+        let mut end = found.iter().rfold(open, |end, range| {
+            if range.end > end {
+                end.min(range.start)
+            } else {
+                end
+            }
+        });
+        if self.held.len() - end > 2 * self.redactor.longest() {
+            end = found.last().map_or(open, |last| open.max(last.end));
+        }
+        let rest = self.held.split_off(end);
         let ready = std::mem::replace(&mut self.held, rest);
         self.redactor.redact_bytes(&ready).into_owned()
     }
 
     /// What was held back, when no piece follows.
     pub fn finish(&mut self) -> Vec<u8> {
-        std::mem::take(&mut self.held)
+        let rest = std::mem::take(&mut self.held);
+        self.redactor.redact_bytes(&rest).into_owned()
     }
 }
 
@@ -181,6 +194,16 @@ mod tests {
     fn overlapping_secrets_leave_nothing_of_either() {
         let redactor = Redactor::new(["abcdefgh", "efghijkl"]);
         assert_eq!(redactor.redact("<abcdefghijkl>"), "<[redacted]>");
+    }
+
+    #[test]
+    fn a_secret_that_begins_with_another_one_leaves_nothing_of_either() {
+        let redactor = Redactor::new(["postgres://u:pass", "postgres://u:pass@db/x"]);
+        let mut stream = redactor.stream();
+        let mut clean = stream.push(b"to postgres://u:pass");
+        clean.extend(stream.push(b"@db/x, postgres://u:pass"));
+        clean.extend(stream.finish());
+        assert_eq!(clean, b"to [redacted], [redacted]");
     }
 
     #[test]

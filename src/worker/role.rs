@@ -24,6 +24,9 @@ use crate::model::status::RunResult;
 use crate::os::cgroup::Cgroup;
 use crate::os::process::{self, Child, Command};
 
+/// A journal that did not take a line in time is sent nothing for so long.
+const JOURNAL_PAUSE: Duration = Duration::from_secs(1);
+
 /// What a run is told while it works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Order {
@@ -296,6 +299,7 @@ impl Process<'_> {
         let longest = limits::JOURNAL_LINE_BYTES;
         let (mut piece, mut held) = (vec![0; longest], Vec::new());
         let mut redacted = self.home.redactor.stream();
+        let mut resume_at = Instant::now();
         loop {
             let count = stderr.read(&mut piece).await.unwrap_or(0);
             news.activity.notify_one();
@@ -314,7 +318,11 @@ impl Process<'_> {
                     None if line.len() == longest || count == 0 => (line.len(), 0),
                     None => break,
                 };
-                self.log(&line[..length]).await;
+                let is_due = Instant::now() >= resume_at;
+                if is_due && !self.log(&line[..length]).await {
+                    // A journal that is slow must not make the role slow: it misses some of this.
+                    resume_at = Instant::now() + JOURNAL_PAUSE;
+                }
                 start += length + newline;
             }
             held.drain(..start);
@@ -324,10 +332,10 @@ impl Process<'_> {
         }
     }
 
-    async fn log(&self, line: &[u8]) {
+    async fn log(&self, line: &[u8]) -> bool {
         self.home
             .log(self.run, self.name, self.number, b"6", line)
-            .await;
+            .await
     }
 }
 

@@ -159,10 +159,17 @@ impl Round<'_> {
             Stop::failed(RunResult::ExecFailed, why)
         })?;
         let mut argv = [preset.exec.as_slice(), &agent.arguments].concat();
-        let mut stdin = told.text();
-        if preset.prompt == PromptBy::Argument {
-            let text = stdin.take().unwrap_or_default();
-            let (length, most) = (text.len(), limits::ARGUMENT_BYTES);
+        let mut stdin = None;
+        if preset.prompt == PromptBy::Stdin {
+            stdin = told.text();
+        } else {
+            let most = limits::ARGUMENT_BYTES;
+            let mut text = told.text_within(most).unwrap_or_default();
+            if text.starts_with('-') {
+                // Whatever a prompt says is no option.
+                text.insert(0, '\n');
+            }
+            let length = text.len();
             if length > most {
                 let why = format!(
                     "the prompt has {length} bytes, and agent {name} gets it as an argument, of which Linux allows \
@@ -206,10 +213,8 @@ impl Round<'_> {
             (text, Map::new())
         });
         if content.len() > limits::REPLY_BYTES {
-            failure = Some(RunResult::ReplyTooLarge);
-        }
-        if failure == Some(RunResult::ReplyTooLarge) {
             content.clear();
+            failure.get_or_insert(RunResult::ReplyTooLarge);
         }
         let mut message = said::message(self.name, content, OK);
         if let Some(failure) = &failure {

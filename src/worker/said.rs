@@ -109,6 +109,13 @@ fn without_secrets(value: Value, redactor: &Redactor) -> Value {
             .map(|value| without_secrets(value, redactor))
             .collect(),
         Value::Object(map) => map_without_secrets(map, redactor).into(),
+        Value::Number(number) => {
+            let text = number.to_string();
+            match redactor.redact(&text) {
+                clean if clean == text => number.into(),
+                clean => clean.into(),
+            }
+        }
         other => other,
     }
 }
@@ -121,21 +128,21 @@ mod tests {
 
     #[test]
     fn no_part_of_a_message_keeps_a_secret() {
-        let redactor = Redactor::new(["sk-canary-1"]);
+        let redactor = Redactor::new(["sk-canary-1", "12345678"]);
         let mut message = failure(
             &"coder".parse().unwrap(),
             &RunResult::BadReply,
             "it said sk-canary-1",
         );
         message.content = "key: sk-canary-1".to_owned();
-        let list = json!([{"sk-canary-1": ["sk-canary-1", 7, null]}]);
+        let list = json!([{"sk-canary-1": ["sk-canary-1", 7, 12_345_678, null]}]);
         message.meta.insert("list".to_owned(), list);
         finish(&mut message, &redactor);
         assert_eq!(message.content, "key: [redacted]");
         assert_eq!(
             Value::Object(message.meta),
             json!({"status": "error", "result": "bad-reply", "stderr": "it said [redacted]",
-                "list": [{"[redacted]": ["[redacted]", 7, null]}]})
+                "list": [{"[redacted]": ["[redacted]", 7, "[redacted]", null]}]})
         );
     }
 

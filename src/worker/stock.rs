@@ -54,6 +54,8 @@ enum Outcome {
     GoOn,
     Disconnect,
     Exit,
+    /// It cannot do what it is there for.
+    Fail(String),
 }
 
 /// Runs the worker until it is told to shut down.
@@ -107,6 +109,7 @@ pub async fn run(workflow: WorkflowName) -> io::Result<()> {
                 match outcome {
                     Outcome::GoOn => {}
                     Outcome::Exit => return Ok(()),
+                    Outcome::Fail(why) => return Err(io::Error::other(why)),
                     Outcome::Disconnect => {
                         frames = None;
                         stock.outbox = None;
@@ -250,11 +253,11 @@ impl Stock {
                 tracing::error!("nerved refuses this worker: {error}");
                 return Outcome::Disconnect;
             }
-            ToWorker::StartThread(assignment) => self.start(assignment, Vec::new()),
-            ToWorker::ResumeThread {
+            ToWorker::StartThread(assignment)
+            | ToWorker::ResumeThread {
                 assignment,
                 messages: 0,
-            } => self.start(assignment, Vec::new()),
+            } => return self.start(assignment, Vec::new()),
             ToWorker::ResumeThread {
                 assignment,
                 messages,
@@ -263,10 +266,9 @@ impl Stock {
                 if let Some((assignment, mut rounds, expected)) = self.incoming.take() {
                     rounds.push(message);
                     if rounds.len() == expected as usize {
-                        self.start(assignment, rounds);
-                    } else {
-                        self.incoming = Some((assignment, rounds, expected));
+                        return self.start(assignment, rounds);
                     }
+                    self.incoming = Some((assignment, rounds, expected));
                 }
             }
             ToWorker::KillThread { run_id, grace_ms } => match self.runs.get(&run_id) {
@@ -337,18 +339,17 @@ impl Stock {
         }
     }
 
-    fn start(&mut self, assignment: Assignment, rounds: Vec<Message>) {
+    fn start(&mut self, assignment: Assignment, rounds: Vec<Message>) -> Outcome {
         let id = assignment.run_id;
         if self.runs.contains_key(&id) {
-            return;
+            return Outcome::GoOn;
         }
         let workflow = match definition::from_json(&assignment.workflow) {
             Ok(workflow) => workflow,
+            // It is of a newer nerve than this worker, perhaps; its successor is of that one.
             Err(error) => {
-                self.send(&ToManager::Error {
-                    error: format!("run {id} has a definition that cannot be used: {error}"),
-                });
-                return;
+                let why = format!("run {id} has a definition that cannot be used: {error}");
+                return Outcome::Fail(why);
             }
         };
         let (orders, inbox) = mpsc::unbounded_channel();
@@ -369,5 +370,6 @@ impl Stock {
             forgotten: false,
         };
         self.runs.insert(id, running);
+        Outcome::GoOn
     }
 }

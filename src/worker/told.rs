@@ -54,13 +54,21 @@ impl Told {
 
     /// For who reads one text.
     pub(super) fn text(&self) -> Option<String> {
+        self.text_within(usize::MAX)
+    }
+
+    /// The same without the reply that was wrong, where that would make it longer than it may be.
+    pub(super) fn text_within(&self, bytes: usize) -> Option<String> {
         let Some(Correction { reply, request }) = &self.correction else {
             return self.prompt.clone();
         };
         let prompt = self.prompt.as_deref().unwrap_or_default();
-        Some(format!(
-            "{prompt}\n\nYour reply was:\n\n{reply}\n\n{request}\n"
-        ))
+        let text = format!("{prompt}\n\nYour reply was:\n\n{reply}\n\n{request}\n");
+        Some(if text.len() <= bytes {
+            text
+        } else {
+            format!("{prompt}\n\n{request}\n")
+        })
     }
 
     /// For who is in a conversation.
@@ -150,6 +158,7 @@ mod tests {
             told.text().unwrap(),
             "count\n\nYour reply was:\n\ntwo\n\nsay a number\n"
         );
+        assert_eq!(told.text_within(40).unwrap(), "count\n\nsay a number\n");
     }
 
     #[test]

@@ -45,7 +45,7 @@ LETTERS = {
 STATE = pathlib.Path("/var/lib/nerve")
 WORKERS = pathlib.Path("/sys/fs/cgroup/nerve.slice/nerve-wf.slice")
 WORKER_STATE = "/var/lib/nerve-wf/*"
-SCHEMA = 3
+SCHEMA = 4
 
 # For the script of a role: DEED.format(file=…, what="begin") appends what it does, in one write.
 DEED = "echo $NERVE_RUN_ID $NERVE_ROUND $NERVE_ATTEMPT {what} >>{file}"

@@ -21,7 +21,6 @@ use crate::model::status::LlmError;
 use crate::os::clock;
 use crate::worker::redact::{Redactor, Stream};
 
-/// Largest `usage` that is kept.
 /// What is kept of the model's name and of why it finished.
 const WORD_CHARS: usize = 128;
 
