@@ -1,7 +1,7 @@
 //! What the TypeScript predecessor kept: its database, the log beside that, and its archive. They are only read: not
 //! even a file beside them is made.
 
-use std::fmt::Display;
+use std::fmt::{self, Display, Formatter};
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, BufRead as _, BufReader};
 use std::os::unix::fs::DirBuilderExt as _;
@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _, params};
 
-use super::Failure;
+use super::{Failure, note};
 use crate::model::hex::hex;
 use crate::model::predecessor::{OldRun, Row, Survey};
 use crate::model::run::Imported;
@@ -59,7 +59,8 @@ impl Old {
             connection.execute_batch(
                 "CREATE TEMP TABLE archived (id INTEGER, source TEXT, type TEXT, ref_id TEXT, payload TEXT,
                      timestamp INTEGER);
-                 CREATE INDEX temp.archived_of ON archived (ref_id);",
+                 CREATE INDEX temp.archived_of ON archived (ref_id);
+                 CREATE TEMP TABLE days (day TEXT, first INTEGER);",
             )?;
             let verdict: String =
                 connection.query_row("PRAGMA main.quick_check(1)", [], |row| row.get(0))?;
@@ -113,25 +114,12 @@ impl Old {
         }
     }
 
-    /// Loads the archive: that which is given, or the one beside the database.
+    /// Loads the archive, if there is one: that which is given, or, once days were archived, the one beside the database.
     pub(super) fn load_archive(&self, given: Option<&Path>) -> Result<(), Failure> {
         let usual = self.path.with_file_name("archive").join("logs");
-        let directory = match given {
-            Some(directory) => directory,
-            None if usual.is_dir() => &usual,
-            None => {
-                return match self.archived_up_to()? {
-                    Some(day) => Err(Failure::Input(format!(
-                        "the log of {} up to {day} is in an archive, and there is none in {}; say where it is with --archive",
-                        self.path.display(),
-                        usual.display()
-                    ))),
-                    None => Ok(()),
-                };
-            }
-        };
-        let files = entries(directory)?;
-        if let Some(day) = self.archived_up_to()?
+        let directory = given.unwrap_or(&usual);
+        let newest = self.archived_up_to()?;
+        if let Some(day) = &newest
             && !directory.join(format!("{day}.jsonl")).is_file()
         {
             return Err(Failure::Input(format!(
@@ -140,20 +128,93 @@ impl Old {
                 directory.display()
             )));
         }
-        let is_day = |path: &&PathBuf| {
-            path.extension()
-                .is_some_and(|extension| extension == "jsonl")
-        };
-        for path in files.iter().filter(is_day) {
-            self.load_day(path)?;
+        if newest.is_some() || given.is_some() {
+            let is_day = |path: &&PathBuf| {
+                path.extension()
+                    .is_some_and(|extension| extension == "jsonl")
+            };
+            for path in entries(directory)?.iter().filter(is_day) {
+                self.load_day(path)?;
+            }
         }
-        Ok(())
+        self.check_ids(directory, newest.as_deref())
+    }
+
+    /// The predecessor left no id out, so each that is in neither the log nor the archive was lost.
+    fn check_ids(&self, archive: &Path, newest: Option<&str>) -> Result<(), Failure> {
+        let failed = |error| self.failed(&error);
+        let Some(gap) = self.gap().map_err(failed)? else {
+            return Ok(());
+        };
+        let missing = match newest {
+            Some(day) => self.missing_day(&gap, day).map_err(failed)?,
+            None => None,
+        };
+        let (path, archive) = (self.path.display(), archive.display());
+        match missing {
+            Some(day) => Err(Failure::Input(format!(
+                "{gap} of the log of {path} are missing, and {archive} has no {day}.jsonl; say where the whole archive is with --archive; nothing was imported"
+            ))),
+            None => {
+                note(&format!(
+                    "nervectl: {gap} of the log of {path} are missing; all others are imported"
+                ));
+                Ok(())
+            }
+        }
+    }
+
+    /// The first ids that no row has.
+    fn gap(&self) -> rusqlite::Result<Option<Gap>> {
+        let end = if self
+            .connection
+            .table_exists(Some("main"), "sqlite_sequence")?
+        {
+            "UNION SELECT seq + 1 FROM main.sqlite_sequence WHERE name = 'logs'"
+        } else {
+            ""
+        };
+        let mut select = self.connection.prepare(&format!(
+            "WITH ids (id) AS (SELECT 0 UNION SELECT id FROM main.logs UNION SELECT id FROM temp.archived {end})
+             SELECT CAST(previous + 1 AS INTEGER), CAST(id - 1 AS INTEGER),
+                 CAST(sum(id - previous - 1) OVER () AS INTEGER)
+             FROM (SELECT id, lag(id) OVER (ORDER BY id) AS previous FROM ids WHERE id >= 0)
+             WHERE id > previous + 1 ORDER BY id LIMIT 1"
+        ))?;
+        let gap = select.query_row([], |row| {
+            Ok(Gap {
+                first: row.get(0)?,
+                last: row.get(1)?,
+                total: row.get(2)?,
+            })
+        });
+        gap.optional()
+    }
+
+    /// A day whose file is missing. From its first day on the predecessor made one for every day, even for an empty one;
+    /// a day that it archived again, for the sake of late rows, has lost what it had.
+    fn missing_day(&self, gap: &Gap, newest: &str) -> rusqlite::Result<Option<String>> {
+        let mut select = self.connection.prepare(
+            "SELECT date(day, '+1 day') AS next FROM temp.days
+             WHERE next <= ?1 AND next NOT IN (SELECT day FROM temp.days) ORDER BY next LIMIT 1",
+        )?;
+        let between: Option<String> = select.query_row([newest], |row| row.get(0)).optional()?;
+        if between.is_some() || gap.first > 1 {
+            return Ok(between);
+        }
+        let mut select = self
+            .connection
+            .prepare("SELECT date(day, '-1 day'), first FROM temp.days ORDER BY day LIMIT 1")?;
+        let (before, first): (Option<String>, Option<i64>) =
+            select.query_row([], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        Ok(before.filter(|_| first.is_none_or(|first| first == gap.last + 1)))
     }
 
     fn load_day(&self, path: &Path) -> Result<(), Failure> {
         let file = File::open(path).map_err(|error| unreadable(path, &error))?;
         let mut insert =
             self.prepare("INSERT INTO temp.archived VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?;
+        let mut first: Option<i64> = None;
         for (number, line) in (1..).zip(BufReader::new(file).lines()) {
             let broken = |error: &dyn Display| {
                 let path = path.display();
@@ -161,6 +222,7 @@ impl Old {
             };
             let line = line.map_err(|error| broken(&error))?;
             let row: Row = serde_json::from_str(&line).map_err(|error| broken(&error))?;
+            first = Some(first.map_or(row.id, |first| first.min(row.id)));
             let (ref_id, payload) = (row.ref_id, row.payload);
             let row = params![
                 row.id,
@@ -172,6 +234,10 @@ impl Old {
             ];
             insert.execute(row).map_err(|error| self.failed(&error))?;
         }
+        let day = path.file_stem().unwrap_or_default().to_string_lossy();
+        let mut insert = self.prepare("INSERT INTO temp.days VALUES (?1, ?2)")?;
+        let inserted = insert.execute(params![day, first]);
+        inserted.map_err(|error| self.failed(&error))?;
         Ok(())
     }
 
@@ -255,6 +321,24 @@ impl Old {
 
     pub(super) fn failed(&self, error: &rusqlite::Error) -> Failure {
         unreadable(&self.path, &said(error))
+    }
+}
+
+/// Ids that no row has: the first ones without a break, and how many there are in all.
+struct Gap {
+    first: i64,
+    last: i64,
+    total: i64,
+}
+
+impl Display for Gap {
+    fn fmt(&self, formatter: &mut Formatter<'_>) -> fmt::Result {
+        let Self { first, last, total } = self;
+        write!(formatter, "rows {first} to {last}")?;
+        match total - (last - first + 1) {
+            0 => Ok(()),
+            more => write!(formatter, " and {more} more"),
+        }
     }
 }
 
@@ -369,4 +453,137 @@ pub(super) fn entries(directory: &Path) -> Result<Vec<PathBuf>, Failure> {
 
 pub(super) fn unreadable(path: &Path, error: &dyn Display) -> Failure {
     Failure::Input(format!("cannot read {}: {error}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A database with rows of these ids, one run each, and a file of the archive for each day with these.
+    fn old(
+        ids: &[i64],
+        archived_up_to: Option<&str>,
+        days: &[(&str, &[i64])],
+    ) -> tempfile::TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        let connection = Connection::open(directory.path().join("logs.db")).unwrap();
+        connection
+            .execute_batch(
+                "CREATE TABLE logs (id INTEGER PRIMARY KEY AUTOINCREMENT, source TEXT NOT NULL, type TEXT NOT NULL,
+                     ref_id TEXT, payload TEXT, timestamp INTEGER NOT NULL);
+                 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+                 CREATE TABLE workflow_runs (run_id TEXT PRIMARY KEY, workflow TEXT NOT NULL, status TEXT NOT NULL,
+                     timestamp INTEGER NOT NULL);",
+            )
+            .unwrap();
+        for id in ids {
+            let insert =
+                "INSERT INTO logs VALUES (?1, 'workflow', 'started', 'run-' || ?1, NULL, 0)";
+            connection.execute(insert, [id]).unwrap();
+            let insert = "INSERT INTO workflow_runs VALUES ('run-' || ?1, 'w', 'completed', ?1)";
+            connection.execute(insert, [id]).unwrap();
+        }
+        if let Some(day) = archived_up_to {
+            let insert = "INSERT INTO meta VALUES ('archived_up_to', ?1)";
+            connection.execute(insert, [day]).unwrap();
+        }
+        let archive = directory.path().join("archive/logs");
+        fs::create_dir_all(&archive).unwrap();
+        for (day, ids) in days {
+            let line = |id: &i64| {
+                format!(
+                    "{{\"id\":{id},\"source\":\"system\",\"type\":\"t\",\"refId\":null,\"payload\":null,\"timestamp\":0}}\n"
+                )
+            };
+            let lines: String = ids.iter().map(line).collect();
+            fs::write(archive.join(format!("{day}.jsonl")), lines).unwrap();
+        }
+        directory
+    }
+
+    fn load(directory: &tempfile::TempDir, given: Option<&Path>) -> Result<Old, String> {
+        let loaded = (|| {
+            let old = Old::open(&directory.path().join("logs.db"))?;
+            old.load_archive(given)?;
+            Ok(old)
+        })();
+        loaded.map_err(|failure: Failure| failure.to_string())
+    }
+
+    #[test]
+    fn a_day_that_is_missing_is_named() {
+        let newest = Some("2026-03-01");
+        let (february, march) = ("2026-02-28", "2026-03-01");
+        for (rows, days, missing) in [
+            ("rows 1 to 4 ", &[(march, &[][..])][..], "2026-02-28.jsonl"),
+            ("rows 1 to 2 ", &[(march, &[3, 4])], "2026-02-28.jsonl"),
+            (
+                "rows 2 to 3 ",
+                &[("2026-02-27", &[1]), (march, &[4])],
+                "2026-02-28.jsonl",
+            ),
+            (
+                "rows 2 to 2 and 1 more ",
+                &[("2026-02-27", &[1, 3]), (march, &[])],
+                "2026-02-28.jsonl",
+            ),
+            ("", &[(february, &[1, 2, 3, 4])], "2026-03-01.jsonl"),
+        ] {
+            let directory = old(&[5, 6], newest, days);
+            let said = load(&directory, None).err().unwrap();
+            for words in [rows, missing, "--archive"] {
+                assert!(said.contains(words), "{said}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_log_that_is_whole_or_was_never_whole_is_taken() {
+        let newest = Some("2026-03-01");
+        let (february, march) = ("2026-02-28", "2026-03-01");
+        for (ids, newest, days) in [
+            (&[1, 2][..], None, &[][..]),
+            (&[3, 7], None, &[]),
+            (&[], None, &[]),
+            (&[2, 3], newest, &[(march, &[1, 2][..])]),
+            // The file of an empty day is nobody's loss.
+            (&[3], newest, &[("2026-02-27", &[1]), (march, &[2])]),
+            // The day was archived again, for a late row, and has lost rows 1 to 2.
+            (&[3], newest, &[(february, &[4]), (march, &[])]),
+            (&[4], newest, &[(february, &[1]), (march, &[3])]),
+        ] {
+            let directory = old(ids, newest, days);
+            assert_eq!(load(&directory, None).err(), None, "{ids:?}");
+        }
+    }
+
+    #[test]
+    fn rows_at_the_end_may_be_missing_too() {
+        let newest = Some("2026-03-01");
+        let directory = old(
+            &[1, 2, 3],
+            newest,
+            &[("2026-02-27", &[]), ("2026-03-01", &[])],
+        );
+        let connection = Connection::open(directory.path().join("logs.db")).unwrap();
+        connection
+            .execute("DELETE FROM logs WHERE id > 1", [])
+            .unwrap();
+        drop(connection);
+        let said = load(&directory, None).err().unwrap();
+        assert!(said.contains("rows 2 to 3 "), "{said}");
+    }
+
+    #[test]
+    fn the_archive_of_another_log_is_read_only_when_it_is_given() {
+        let directory = old(&[1], None, &[("2026-03-01", &[2])]);
+        let count = |old: &Old| {
+            let mut statement = old.other_rows().unwrap();
+            let mut rows = statement.query([]).unwrap();
+            std::iter::from_fn(|| old.next(&mut rows).unwrap()).count()
+        };
+        assert_eq!(count(&load(&directory, None).unwrap()), 0);
+        let given = directory.path().join("archive/logs");
+        assert_eq!(count(&load(&directory, Some(&given)).unwrap()), 1);
+    }
 }
