@@ -1,7 +1,8 @@
 //! Import: the history of the predecessor becomes events, and its runs become rows.
 //!
 //! Every row of its log becomes one event, once: `imported` remembers each by its digest, so that an import that was cut
-//! off goes on where it ended, and one that is repeated adds what is new and nothing else. An event whose `seq` is there
+//! off goes on where it ended, and one that is repeated adds what is new and nothing else. A message that came before its
+//! run was any other row; once the run is there it becomes a round of it, by a second event. An event whose `seq` is there
 //! says what happened elsewhere: nothing but the `imported` event of a run adds up to anything here. As a run that has
 //! ended never changes, what its old log has gained since it came over is kept as it was.
 
@@ -12,6 +13,7 @@ use super::blob::{Blobs, Digest};
 use super::commit::{json, without_long_text};
 use super::log::{AUDIT, CLIENT, Entry, Head, SOURCES, WORKFLOW};
 use super::{Error, RunRow, Store, sql};
+use crate::model::hex::hex;
 use crate::model::limits;
 use crate::model::name::RunId;
 use crate::model::predecessor::{Piece, Row, microseconds, run_id};
@@ -179,7 +181,8 @@ impl Import<'_> {
 
     fn row_of_run(&mut self, row: &Row) -> Result<(), Error> {
         let digest = row.digest();
-        if self.is_known(&digest)? {
+        let is_known = self.is_known(&digest)?;
+        if is_known && self.is_of_run(&digest)? {
             return Ok(());
         }
         let old_id = row.ref_id.as_deref().unwrap_or_default();
@@ -191,11 +194,15 @@ impl Import<'_> {
         };
         match row.message().filter(|_| last < rounds) {
             Some(message) => {
+                if is_known {
+                    self.make_room(&digest)?;
+                }
                 let round = last + 1;
                 let event = RunEvent::ThreadWorkflowMessage { round, message };
                 self.event(WORKFLOW, &event, &id, microseconds(row.timestamp))?;
                 self.remember(&digest, Some((&id, round)))
             }
+            None if is_known => Ok(()),
             None => {
                 self.verbatim(row, &id)?;
                 self.remember(&digest, None)
@@ -292,6 +299,24 @@ impl Import<'_> {
         Ok(select.exists([digest])?)
     }
 
+    /// Whether a row that is known has become part of a run.
+    fn is_of_run(&self, digest: &[u8; 32]) -> Result<bool, Error> {
+        let mut select = self
+            .transaction
+            .prepare_cached("SELECT 1 FROM imported WHERE digest = ?1 AND run IS NOT NULL")?;
+        Ok(select.exists([digest])?)
+    }
+
+    /// The event that a row was before its run came is remembered by another digest from now on.
+    fn make_room(&self, digest: &[u8; 32]) -> Result<(), Error> {
+        let other: [u8; 32] = Sha256::digest(format!("before its run {}", hex(digest))).into();
+        let mut update = self
+            .transaction
+            .prepare_cached("UPDATE imported SET digest = ?2 WHERE digest = ?1")?;
+        update.execute(params![digest, other])?;
+        Ok(())
+    }
+
     /// How many rounds a run has, and how many of them are there; `None` before the run itself is.
     fn rounds(&self, run: &str) -> Result<Option<(u32, u32)>, Error> {
         let mut select = self.transaction.prepare_cached(
@@ -322,6 +347,7 @@ fn harmless(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::super::ThreadRange;
+    use super::super::check::offline::offline;
     use super::*;
     use crate::model::predecessor::{OldRun, Survey};
 
@@ -406,6 +432,52 @@ mod tests {
         assert_eq!(store.import(&late).unwrap().events, 1);
         assert_eq!(said(&store), thread);
         assert_eq!(types(&store).last().unwrap().1, "thread_workflow_message");
+    }
+
+    #[test]
+    fn rows_that_came_before_their_run_become_its_rounds() {
+        let (directory, mut store) = store();
+        let long = "x".repeat(limits::INLINE_BYTES + 1);
+        let mut started = message(1, "");
+        started.row_type = "started".to_owned();
+        let rows = [
+            started,
+            message(2, "one"),
+            message(3, &long),
+            message(4, "three"),
+        ];
+        let early: Vec<_> = rows[..3].iter().cloned().map(Piece::Row).collect();
+        assert_eq!(store.import(&early).unwrap().events, 3);
+        let mut pieces = vec![imported(&rows)];
+        pieces.extend(rows.into_iter().map(Piece::OfRun));
+        let added = store.import(&pieces[..3]).unwrap();
+        assert_eq!(added, Added { events: 2, runs: 1 });
+        let faults = |store: Store| {
+            drop(store);
+            let report = offline(directory.path(), directory.path()).unwrap();
+            (Store::open(directory.path()).unwrap(), report.faults)
+        };
+        let (mut store, found) = faults(store);
+        let cut_off = format!(
+            "run {}: 1 of its 3 rounds are there; its import was cut off, and is completed by repeating it",
+            run_id("old")
+        );
+        assert_eq!(found, [cut_off]);
+        assert_eq!(store.import(&pieces).unwrap().events, 2);
+        let thread = [(0, ""), (1, "one"), (2, &long), (3, "three")];
+        let thread = thread.map(|(round, content)| (round, content.to_owned()));
+        assert_eq!(said(&store), thread);
+        let select = "SELECT round FROM imported WHERE run IS NOT NULL ORDER BY round";
+        let rounds: Vec<u32> = {
+            let mut select = store.connection.prepare(select).unwrap();
+            let rounds = select.query_map([], |row| row.get(0)).unwrap();
+            rounds.collect::<Result<_, _>>().unwrap()
+        };
+        assert_eq!(rounds, [0, 1, 2, 3]);
+        for pieces in [&pieces, &early] {
+            assert_eq!(store.import(pieces).unwrap(), Added::default());
+        }
+        assert_eq!(faults(store).1, Vec::<String>::new());
     }
 
     #[test]

@@ -131,6 +131,8 @@ pub(super) struct Tables<'a> {
     /// Events that are another program's history, the next one last: but for those that make a run they add up to
     /// nothing.
     imported: Vec<u64>,
+    /// Imported runs whose rounds have not all come: how many have, and how many there are.
+    unfinished: HashMap<RunId, (u32, u32)>,
     is_complete: bool,
 }
 
@@ -148,6 +150,7 @@ impl<'a> Tables<'a> {
             workflows: BTreeMap::new(),
             archive: BTreeMap::new(),
             imported: imported.collect::<Result<_, _>>()?,
+            unfinished: HashMap::new(),
             is_complete: true,
         })
     }
@@ -156,6 +159,7 @@ impl<'a> Tables<'a> {
     pub(super) fn miss_events(&mut self) {
         self.is_complete = false;
         self.open.clear();
+        self.unfinished.clear();
     }
 
     /// One more event.
@@ -187,16 +191,39 @@ impl<'a> Tables<'a> {
     }
 
     fn imported(&mut self, event: &Logged, report: &mut Report) -> Result<(), Error> {
-        if event.event_type != RunEvent::IMPORTED {
+        let is_ours = [RunEvent::IMPORTED, RunEvent::MESSAGE].contains(&event.event_type.as_str());
+        if !is_ours {
             return Ok(());
         }
-        let of_run = (event.reference.parse(), parsed::<RunEvent>(event));
-        let (Ok(id), Some(RunEvent::Imported(run))) = of_run else {
-            report.fault(format!("event {} is of no imported run", event.seq));
-            return Ok(());
-        };
-        self.begin(id, report)?;
-        self.compare(id, imported_row(&run), None, report)
+        match (event.reference.parse(), parsed::<RunEvent>(event)) {
+            (Ok(id), Some(RunEvent::Imported(run))) => {
+                if run.rounds > 0 {
+                    self.unfinished.insert(id, (0, run.rounds));
+                }
+                self.begin(id, report)?;
+                self.compare(id, imported_row(&run), None, report)?;
+            }
+            (Ok(id), Some(RunEvent::ThreadWorkflowMessage { round, .. })) => {
+                self.imported_round(id, round, event.seq, report);
+            }
+            _ => report.fault(format!("event {} is of no imported run", event.seq)),
+        }
+        Ok(())
+    }
+
+    fn imported_round(&mut self, id: RunId, round: u32, seq: u64, report: &mut Report) {
+        match self.unfinished.get_mut(&id) {
+            Some((come, all)) if round == *come + 1 => {
+                *come = round;
+                if come == all {
+                    self.unfinished.remove(&id);
+                }
+            }
+            None if !self.is_complete => {}
+            _ => report.fault(format!(
+                "event {seq}: round {round} of run {id} is not the one that follows"
+            )),
+        }
     }
 
     fn run(&mut self, event: &Logged, of_run: &RunEvent, report: &mut Report) -> Result<(), Error> {
@@ -335,6 +362,7 @@ impl<'a> Tables<'a> {
                 let Ok(id) = event.reference.parse::<RunId>() else {
                     return false;
                 };
+                self.unfinished.remove(&id);
                 if !self.rowless.remove(&id) && self.is_complete {
                     report.fault(format!("run {id}: it was forgotten, and has a row"));
                 }
@@ -367,6 +395,11 @@ impl<'a> Tables<'a> {
         }
         for id in &self.rowless {
             report.fault(format!("run {id}: its row is missing"));
+        }
+        for (id, (come, all)) in &self.unfinished {
+            report.fault(format!(
+                "run {id}: {come} of its {all} rounds are there; its import was cut off, and is completed by repeating it"
+            ));
         }
         self.unexplained(None, report)?;
         let pause = self.pause.take().map(|pause| ("pause".to_owned(), pause));
