@@ -22,6 +22,7 @@ const BROKEN: u8 = 65;
 pub(super) async fn import(settings: &Settings, arguments: &Import) -> Result<u8, Failure> {
     let old = Old::open(&arguments.database)?;
     old.load_archive(arguments.archive.as_deref())?;
+    let mut runs = old.runs()?;
     let mut sender = Sender {
         client: settings.connect_patiently().await?,
         pieces: Vec::new(),
@@ -33,7 +34,6 @@ pub(super) async fn import(settings: &Settings, arguments: &Import) -> Result<u8
         Some(directory) => send_blobs(&mut sender, directory).await?,
         None => 0,
     };
-    let mut runs = old.runs()?;
     while let Some(run) = runs.next(&old)? {
         sender.send(Piece::Run(run.clone())).await?;
         let mut statement = old.rows_of_run()?;

@@ -253,7 +253,7 @@ impl Old {
         read().map_err(|error| self.failed(&error))
     }
 
-    /// Every run, the oldest first; a status that nobody knows is found before the first one is sent.
+    /// Every run, the oldest first; a status that nobody knows is found before anything is sent.
     pub(super) fn runs(&self) -> Result<Runs, Failure> {
         let exit_code = if self.has_exit_codes {
             "exit_code"

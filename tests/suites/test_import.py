@@ -157,7 +157,7 @@ class Import(nervebox.Case):
             with self.subTest(words=words):
                 file.write_bytes(whole)
                 spoil()
-                self.assertIn(words, bring(file, check=65).stderr)
+                self.assertIn(words, bring(file, "--blobs", self.old / "blobs", check=65).stderr)
         file.write_bytes(whole)
         day = self.old / "archive/logs/2026-03-01.jsonl"
         day.write_bytes(day.read_bytes()[:-10])
@@ -166,6 +166,8 @@ class Import(nervebox.Case):
         self.assertIn("--archive", bring(file, check=65).stderr)
         self.assertEqual(count("workflow_runs"), 0)
         self.assertEqual(count("imported"), 0)
+        for digest in EXPECTED["blobs"]:
+            self.assertFalse((nervebox.STATE / "blobs" / digest[:2] / digest[2:]).exists())
 
     def test_a_damaged_blob_is_named_and_the_rest_is_imported(self):
         digest = EXPECTED["blobs"][0]
