@@ -83,6 +83,7 @@ impl Old {
         )?;
         let runs = ["run_id", "workflow", "status", "timestamp", "exit_code"];
         let found = old.check_columns("workflow_runs", &runs[..4])?;
+        old.index_logs().map_err(|error| old.failed(&error))?;
         old.has_exit_codes = found.iter().any(|column| column == runs[4]);
         Ok(old)
     }
@@ -112,6 +113,14 @@ impl Old {
             ))),
             None => Ok(found),
         }
+    }
+
+    fn index_logs(&self) -> rusqlite::Result<()> {
+        self.connection.execute_batch(
+            "CREATE TEMP TABLE logged (ref_id TEXT, place INTEGER, PRIMARY KEY (ref_id, place)) WITHOUT ROWID;
+             INSERT INTO temp.logged SELECT ref_id, rowid FROM main.logs
+             WHERE ref_id IN (SELECT run_id FROM main.workflow_runs) ORDER BY ref_id, rowid;",
+        )
     }
 
     /// Loads the archive, if there is one: that which is given, or, once days were archived, the one beside the database.
@@ -282,9 +291,10 @@ impl Old {
         Ok(Runs(runs.into_iter()))
     }
 
+    /// Every row of a run. The older databases have no index of them, and nothing is written there.
     pub(super) fn rows_of_run(&self) -> Result<rusqlite::CachedStatement<'_>, Failure> {
         self.prepare(&format!(
-            "SELECT {COLUMNS} FROM main.logs WHERE ref_id = ?1
+            "SELECT {COLUMNS} FROM main.logs WHERE rowid IN (SELECT place FROM temp.logged WHERE ref_id = ?1)
              UNION SELECT {COLUMNS} FROM temp.archived WHERE ref_id = ?1 ORDER BY id"
         ))
     }
@@ -572,6 +582,19 @@ mod tests {
         drop(connection);
         let said = load(&directory, None).err().unwrap();
         assert!(said.contains("rows 2 to 3 "), "{said}");
+    }
+
+    #[test]
+    fn rows_of_a_run_are_found_without_reading_the_log() {
+        let directory = old(&[1, 2, 3], None, &[]);
+        let old = load(&directory, None).unwrap();
+        let mut statement = old.rows_of_run().unwrap();
+        let mut rows = statement.query(["run-2"]).unwrap();
+        assert_eq!(old.next(&mut rows).unwrap().unwrap().id, 2);
+        assert_eq!(old.next(&mut rows).unwrap(), None);
+        drop(rows);
+        let steps = rusqlite::StatementStatus::FullscanStep;
+        assert_eq!(statement.get_status(steps), 0);
     }
 
     #[test]
