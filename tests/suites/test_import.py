@@ -97,7 +97,7 @@ class Import(nervebox.Case):
             self.assertEqual(nervebox.thread(old_id, "-n", "1")[0]["content"], old[-1][1])
 
     def test_codes_that_were_not_kept_are_those_of_the_status(self):
-        bring(self.old / "before.db", "--archive", self.old / "blobs")
+        bring(self.old / "before.db")
         for status, code in CODES.items():
             run = nervebox.run_json(f"old-{status}")
             self.assertEqual(run["exitCode"], code, status)
@@ -168,6 +168,36 @@ class Import(nervebox.Case):
         self.assertEqual(count("imported"), 0)
         for digest in EXPECTED["blobs"]:
             self.assertFalse((nervebox.STATE / "blobs" / digest[:2] / digest[2:]).exists())
+
+    def test_a_day_of_the_archive_that_is_missing_is_named_and_nothing_is_imported(self):
+        file, day = self.old / "logs.db", self.old / "archive/logs/2026-03-01.jsonl"
+        moved = day.rename(self.old / "moved")
+        said = bring(file, check=65).stderr
+        for words in ("rows 1 to 10 ", "2026-03-01.jsonl", "--archive", "nothing was imported"):
+            self.assertIn(words, said)
+        self.assertEqual((count("workflow_runs"), count("imported")), (0, 0))
+        moved.rename(day)
+        bring(file)
+        self.check_run("run-archived", EXPECTED["runs"]["run-archived"])
+
+    def test_what_is_lost_for_good_can_be_left_out(self):
+        file, archive = self.old / "logs.db", self.old / "archive/logs"
+        (archive / "2026-03-01.jsonl").unlink()
+        with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as old:
+            old.execute("DELETE FROM meta WHERE key = 'archived_up_to'")
+        said = bring(file, "--archive", archive)
+        self.assertIn("rows 1 to 10 ", said.stderr)
+        self.assertEqual(said.stdout, f"imported {len(EXPECTED['runs'])} runs, 37 events\n")
+
+    def test_rows_that_come_before_their_run_become_part_of_it(self):
+        bring(self.old / "before.db", "--archive", self.old / "archive/logs")
+        bring(self.old / "logs.db", "--blobs", self.old / "blobs")
+        for old_id, expected in EXPECTED["runs"].items():
+            with self.subTest(run=old_id):
+                self.check_run(old_id, expected)
+        self.assertEqual(bring(self.old / "logs.db").stdout, "imported 0 runs, 0 events\n")
+        self.assertEqual(bring(self.old / "before.db").stdout, "imported 0 runs, 0 events\n")
+        ctl("store", "check")
 
     def test_a_damaged_blob_is_named_and_the_rest_is_imported(self):
         digest = EXPECTED["blobs"][0]
