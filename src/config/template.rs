@@ -83,6 +83,7 @@ pub fn environment() -> Environment<'static> {
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     environment.set_fuel(Some(limits::TEMPLATE_FUEL));
     environment.set_recursion_limit(RECURSION);
+    environment.add_test("divisibleby", is_divisible);
     if let Ok(syntax) = SyntaxConfig::builder().keep_trailing_newline(true).build() {
         environment.set_syntax(syntax);
     }
@@ -97,6 +98,19 @@ pub fn environment() -> Environment<'static> {
         environment.remove_global(name);
     }
     environment
+}
+
+/// `divisibleby`, which panics in minijinja (3.0.5) when it is to divide by 0.
+fn is_divisible(value: &Value, by: &Value) -> Result<bool, Error> {
+    let whole = |value: &Value| i128::try_from(value.clone()).ok();
+    let remainder = match (whole(value), whole(by)) {
+        (Some(value), Some(by)) => value.checked_rem(by).map(|rest| rest == 0),
+        _ => None,
+    };
+    remainder.ok_or_else(|| {
+        let why = "divisibleby takes two whole numbers, the second not 0";
+        Error::new(ErrorKind::InvalidOperation, why)
+    })
 }
 
 /// What is wrong with a prompt of a workflow with these roles.
@@ -207,6 +221,21 @@ fn shape_fault(prompt: &str, shape: &Shape) -> TemplateFault {
             *line,
             format!("{keyword} loads another template, and there is none"),
             "write its text here",
+        ),
+        Shape::Repeats { line } => (
+            *line,
+            "a `*` beside a text, a list or parentheses with one".to_owned(),
+            "{% set x = … %} before it, and repeat x",
+        ),
+        Shape::Step { line } => (
+            *line,
+            "a slice with a step".to_owned(),
+            "leave the step out; the filter reverse turns a list round",
+        ),
+        Shape::EmptyCycle { line } => (
+            *line,
+            "cycle with nothing to choose from".to_owned(),
+            "write what it gives, such as loop.cycle(\"odd\", \"even\")",
         ),
     };
     TemplateFault {
@@ -411,6 +440,12 @@ mod tests {
             ),
             ("{{ tester.content if tester is defined }}", ""),
             ("{{ messages | tojson | length > 50 }}", "True"),
+            ("{{ round is divisibleby(3) }}", "True"),
+            // It overflows, and must not panic.
+            (
+                "{{ range(9223372036854775807, 0, -9223372036854775807) | list }}",
+                "[]",
+            ),
             ("no template: 100% {x}", "no template: 100% {x}"),
         ] {
             assert_eq!(
@@ -440,10 +475,23 @@ mod tests {
                 "more than 100000 instructions",
             ),
             (
-                "{% for a in range(5000) %}{{ 'x' * 1000 }}{% endfor %}",
+                "{% set x = 'x' %}{% for a in range(5000) %}{{ x * 1000 }}{% endfor %}",
                 "larger than 4194304 bytes",
             ),
-            ("{{ 'x' * 99999999999 }}", "line 1 of the prompt: "),
+            (
+                "{% set x = 'x' %}{{ x * 99999999999 }}",
+                "line 1 of the prompt: ",
+            ),
+            ("{{ round is divisibleby(0) }}", "the second not 0"),
+            (
+                "{{ range(9223372036854775807, -2, -1) }}",
+                "too many elements",
+            ),
+            ("{{ messages[:1:-1] }}", "a slice with a step"),
+            (
+                "{% for m in messages %}{{ loop.cycle() }}{% endfor %}",
+                "cycle with nothing",
+            ),
             ("{{", "line 1 of the prompt: syntax error"),
             (
                 "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
@@ -575,7 +623,7 @@ mod tests {
         #[test]
         fn arbitrary_templates_never_panic(
             text: String,
-            pieces in proptest::collection::vec("\\{\\{|\\}\\}|\\{%|%\\}|if |endif|for a in messages|endfor|'|\"|raw|\\(|\\)|-|\\||start|[a-z1 .\\\\é]{0,3}", 0..30),
+            pieces in proptest::collection::vec("\\{\\{|\\}\\}|\\{%|%\\}|if |endif|for a in messages|endfor|'|\"|raw|\\(|\\)|-|\\||\\[|\\]|:|-1|\\*|,|start|[a-z1 .\\\\é]{0,3}", 0..30),
         ) {
             for template in [text, pieces.concat()] {
                 let _ = check(&template, &["coder"]);

@@ -26,6 +26,14 @@ pub(super) enum Shape {
     ManyBlocks { line: usize },
     /// A block that loads other templates, of which there are none.
     Loads { line: usize, keyword: &'static str },
+    /// A tag that begins in this line may repeat a text or a list that stands in it. minijinja does so when it compiles,
+    /// with no bound on all of them together.
+    Repeats { line: usize },
+    /// A tag that begins in this line has a slice with a step, which makes minijinja panic when it goes backwards through
+    /// what is empty (3.0.5).
+    Step { line: usize },
+    /// A tag that begins in this line calls `cycle` with nothing, which makes minijinja panic (3.0.5).
+    EmptyCycle { line: usize },
 }
 
 /// The tags of a template, as ranges of its bytes; or the first thing that is wrong with its shape.
@@ -69,6 +77,10 @@ pub(super) fn tags(source: &str) -> Result<Vec<Range<usize>>, Shape> {
             }
         };
         if bytes[start + 1] != b'#' {
+            let tag = bytes.get(start + 2..at).unwrap_or_default();
+            if let Some(shape) = dangerous(tag) {
+                return Err(shape(line_at(source, start)));
+            }
             tags.push(start..at);
         }
     }
@@ -191,6 +203,90 @@ fn tag_end(bytes: &[u8], start: usize, end: &[u8]) -> Option<usize> {
     (at - start <= TAG_BYTES).then_some(bytes.len())
 }
 
+/// A pair of brackets that is open.
+#[derive(Default)]
+struct Bracket {
+    kind: u8,
+    /// It follows a `*`.
+    is_factor: bool,
+    /// It has a text, a list or a comma in it.
+    has_literal: bool,
+    colons: usize,
+}
+
+/// What would harm whoever compiles or renders this tag; all of it is seen in what is beside what.
+///
+/// A side of a `*` may be a text or a list that stands here when a quotation mark or a bracket is beside it, or
+/// parentheses that have one of these or a comma in them.
+fn dangerous(tag: &[u8]) -> Option<fn(usize) -> Shape> {
+    const REPEATS: fn(usize) -> Shape = |line| Shape::Repeats { line };
+    let mut open = vec![Bracket::default()];
+    let (mut is_factor, mut is_literal) = (false, false);
+    let mut word: &[u8] = b"";
+    let mut at = 0;
+    while let Some(&byte) = tag.get(at) {
+        let here = open.last_mut()?;
+        let was_factor = std::mem::take(&mut is_factor);
+        let was_literal = std::mem::take(&mut is_literal);
+        let was = std::mem::take(&mut word);
+        let mut end = at + 1;
+        match byte {
+            _ if byte.is_ascii_whitespace() => {
+                (is_factor, is_literal, word) = (was_factor, was_literal, was);
+            }
+            b'*' if was == b"cycle(" => return Some(|line| Shape::EmptyCycle { line }),
+            b'*' if tag.get(end) == Some(&b'*') => end += 1,
+            b'*' if was_literal => return Some(REPEATS),
+            b'*' => is_factor = true,
+            b'"' | b'\'' | b'[' if was_factor => return Some(REPEATS),
+            b'"' | b'\'' => {
+                end = string_end(tag, at);
+                here.has_literal = true;
+                is_literal = true;
+            }
+            b'(' | b'[' | b'{' => {
+                here.has_literal |= byte == b'[';
+                open.push(Bracket {
+                    kind: byte,
+                    is_factor: was_factor,
+                    ..Bracket::default()
+                });
+                word = if was == b"cycle" { b"cycle(" } else { b"" };
+            }
+            b')' if was == b"cycle(" => return Some(|line| Shape::EmptyCycle { line }),
+            b')' | b']' | b'}' => {
+                let inner = open.pop()?;
+                is_literal = byte == b']' || inner.has_literal;
+                if inner.is_factor && is_literal {
+                    return Some(REPEATS);
+                }
+                match open.last_mut() {
+                    Some(outer) => outer.has_literal |= inner.has_literal,
+                    None => open.push(Bracket::default()),
+                }
+            }
+            b',' => here.has_literal = true,
+            b':' => {
+                here.colons += 1;
+                if here.kind == b'[' && here.colons > 1 {
+                    return Some(|line| Shape::Step { line });
+                }
+            }
+            _ if is_word(byte) => {
+                end = at + tag[at..].iter().take_while(|byte| is_word(**byte)).count();
+                word = &tag[at..end];
+            }
+            _ => {}
+        }
+        at = end;
+    }
+    None
+}
+
+fn is_word(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || byte == b'_' || !byte.is_ascii()
+}
+
 /// Where the content begins after `{% NAME %}` at `start`, if that is what is there.
 fn plain_block(bytes: &[u8], start: usize, name: &[u8]) -> Option<usize> {
     let sign = |at: usize| at + usize::from(matches!(bytes.get(at), Some(b'-' | b'+')));
@@ -302,6 +398,55 @@ mod tests {
             })
         );
         assert_eq!(tags("{% includes %}").map(drop), Ok(()));
+    }
+
+    #[test]
+    fn what_would_repeat_what_stands_here_is_found() {
+        for bad in [
+            "'x' * 9",
+            "9*\"x\"",
+            "[1] * 9",
+            "9 * [1]",
+            "('x') * 9",
+            "9 * (('x'))",
+            "( ( 'x' ) ~ 'y' ) * 9",
+            "(1,) * 9",
+            "9 * (1,)",
+            "a ~ 'x'*9",
+            "n * ([1])",
+            "{'a': 'x'*9}",
+            "f('x' * 9)",
+        ] {
+            let bad = format!("\n{{{{ {bad} }}}}");
+            assert_eq!(tags(&bad), Err(Shape::Repeats { line: 2 }), "{bad}");
+        }
+        for good in [
+            "a * 9",
+            "'*' ~ a",
+            "(a + 1) * (b - 2) * 3",
+            "2 ** 3",
+            "a.meta.b * f(x) ~ 'x'",
+            "x('a', 2) ~ 3",
+        ] {
+            let good = format!("{{{{ {good} }}}}");
+            assert_eq!(tags(&good).map(drop), Ok(()), "{good}");
+        }
+    }
+
+    #[test]
+    fn what_makes_minijinja_panic_is_found() {
+        for bad in ["a[::-1]", "a[1 : 2 : b]", "a[(1):(2):3]", "a[{1: 2}::]"] {
+            let bad = format!("{{{{ {bad} }}}}");
+            assert_eq!(tags(&bad), Err(Shape::Step { line: 1 }), "{bad}");
+        }
+        for bad in ["loop.cycle()", "l.cycle ( )", "loop.cycle(*a)"] {
+            let bad = format!("{{{{ {bad} }}}}");
+            assert_eq!(tags(&bad), Err(Shape::EmptyCycle { line: 1 }), "{bad}");
+        }
+        for good in ["a[1:2]", "{1: 2, 3: [4:5]}", "loop.cycle('a')", "cycle"] {
+            let good = format!("{{{{ {good} }}}}");
+            assert_eq!(tags(&good).map(drop), Ok(()), "{good}");
+        }
     }
 
     #[test]
