@@ -630,7 +630,7 @@ worker:
         );
         says(
             &format!("a: {}", "[".repeat(100)),
-            &["nested deeper than 64 levels"],
+            &["nested deeper than 56 levels"],
         );
         let big = vec![b'#'; limits::DEFINITION_BYTES + 1];
         assert!(
@@ -906,6 +906,26 @@ graph:
                 "a retry is never for",
             ),
             ("status: again", "status: agian", "did you mean again?"),
+            (
+                "status: again",
+                "status: true",
+                "has a status that is no text",
+            ),
+            (
+                "status: again",
+                "status: [again]",
+                "has a status that is no text",
+            ),
+            (
+                "n: 1}",
+                &format!("n: {}}}", "[".repeat(40) + &"]".repeat(40)),
+                "deeper than 32",
+            ),
+            (
+                "n: 1}",
+                &format!("n: {}}}", "x".repeat(limits::META_BYTES)),
+                "larger than 65536",
+            ),
             ("again: coder}", "agian: coder}", "did you mean again?"),
             ("    prompt: x", "    exec: [x]", "has exec and agent"),
             ("TOKEN:", "NERVE_X:", "is set by nerve"),

@@ -244,7 +244,8 @@ fn refers(schema: &Value) -> bool {
     }
 }
 
-fn bounded(value: &Value, what: &str) -> Result<(), String> {
+/// Whether this is as small and as shallow as a meta is.
+pub(super) fn bounded(value: &Value, what: &str) -> Result<(), String> {
     let (bytes, deepest) = (limits::META_BYTES, limits::META_DEPTH);
     if depth(value) > deepest {
         return Err(format!("{what} is nested deeper than {deepest} levels"));

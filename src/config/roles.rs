@@ -3,9 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
+use serde_json::Value;
+
 use super::diagnostic::{nearest, quoted};
 use super::host::HostCheck;
-use super::meta::Checker;
+use super::meta::{self, Checker};
 use super::reader::{Fields, Reader};
 use super::template;
 use super::unit_settings;
@@ -327,11 +329,25 @@ fn rehearsal_of(
     let meta = fields.get("meta");
     let meta = meta.and_then(|entry| {
         reader.entries(&entry.value, "meta")?;
-        let serde_json::Value::Object(said) = to_json(&entry.value) else {
+        let said = to_json(&entry.value);
+        if let Err(error) = meta::bounded(&said, &format!("meta of {subject}")) {
+            reader.error_help(entry.value.place, error, "say less in it");
+            return None;
+        }
+        let Value::Object(said) = said else {
             return None;
         };
         // What it says without a status it says with the first one.
-        let status = said.get("status").and_then(serde_json::Value::as_str);
+        let status = said.get("status");
+        if status.is_some_and(|status| !status.is_string()) {
+            let message = format!("{subject} has a status that is no text");
+            reader.error_help(
+                entry.value.place,
+                message,
+                "write a status of the role, in quotes where YAML reads something else",
+            );
+        }
+        let status = status.and_then(Value::as_str);
         let known: Vec<&str> = match expected {
             Some(meta) => meta.statuses.iter().map(String::as_str).collect(),
             None => vec!["ok"],

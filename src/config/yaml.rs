@@ -1,4 +1,4 @@
-//! YAML (and JSON) as a tree whose every node knows its place. Called by `definition` only.
+//! YAML (and JSON) as a tree whose every node knows its place. Called by all of `config` that reads.
 //!
 //! One parser reads the file, so that what is checked is what is used. Scalars stay text until somebody asks for
 //! another type: `1.10` and `yes` are what they look like. A tree is at most [`DEPTH`] deep, so recursion over it is
@@ -13,8 +13,8 @@ use serde_json::{Map, Number, Value};
 use super::diagnostic::quoted;
 use crate::model::limits;
 
-/// Deepest nesting of lists and maps.
-const DEPTH: usize = 64;
+/// Deepest nesting of lists and maps. A line of the worker protocol has at most 64, and a definition is below some of them.
+const DEPTH: usize = 56;
 
 /// Where something is: line and columns from 1, in characters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
