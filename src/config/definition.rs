@@ -864,7 +864,7 @@ roles:
     env: {A: b, TOKEN: {credential: key}}
     meta: {properties: {status: {enum: [done, again]}, share: {minimum: 0.5}}}
     extract: local
-    retry: {attempts: 4, backoff: 2s, on: [exit-code:75, llm-error]}
+    retry: {attempts: 4, backoff: 2s, on: [exit-code:75, exit-code:0, llm-error]}
     stall: 10m
     ok_codes: [0, 3]
     dry_run: {content: said, meta: {status: again, n: 1}}
@@ -903,6 +903,11 @@ graph:
             (
                 "on: [exit-code:75,",
                 "on: [exit-code:x,",
+                "a retry is never for",
+            ),
+            (
+                "on: [exit-code:75,",
+                "on: [template-error,",
                 "a retry is never for",
             ),
             ("status: again", "status: agian", "did you mean again?"),

@@ -26,7 +26,7 @@ const ROLE_KEYS: [&str; 14] = [
 const RETRY_KEYS: [&str; 4] = ["attempts", "backoff", "max_backoff", "on"];
 const REHEARSAL_KEYS: [&str; 2] = ["content", "meta"];
 /// What a retry can be for; each of them also before a colon and what follows it.
-const FAILURES: [&str; 10] = [
+const FAILURES: [&str; 9] = [
     "exit-code",
     "signal",
     "exec-failed",
@@ -34,7 +34,6 @@ const FAILURES: [&str; 10] = [
     "role-stalled",
     "oom-kill",
     "reply-too-large",
-    "template-error",
     "bad-reply",
     "llm-error",
 ];
@@ -293,7 +292,7 @@ fn retry_of(reader: &mut Reader, node: &Node, subject: &str) -> Retry {
         let class = word.split(':').next().unwrap_or_default();
         let is_known = FAILURES.contains(&class);
         let is_result = match word.parse::<RunResult>() {
-            Ok(RunResult::ExitCode(code)) => (1..=255).contains(&code),
+            Ok(RunResult::ExitCode(code)) => (0..=255).contains(&code),
             result => result.is_ok(),
         };
         if !is_known || (class != word && !is_result) {
