@@ -4,6 +4,7 @@
 use annotate_snippets::{AnnotationKind, Level, Origin, Renderer, Snippet};
 
 use super::diagnostic::{Diagnostic, Severity, escaped, is_unsafe};
+use super::work::is_name;
 
 /// Longest line that is shown, in bytes.
 const LINE_BYTES: usize = 16_384;
@@ -67,8 +68,18 @@ fn may_tell_a_key(line: &str) -> bool {
         .iter()
         .find_map(|name| line.split_once(name));
     let value = after.map(|(_, after)| after.trim_start_matches(['\'', '"', ':', ' ']));
-    let has_user = line.split("://").skip(1).any(|url| url.contains('@'));
-    value.is_some_and(|value| !value.is_empty() && !value.starts_with('{')) || has_user
+    // A user and a password, or a query.
+    let has_more = |rest: &str| {
+        let url = rest.split(' ').next().unwrap_or_default();
+        url.contains(['@', '?', '#'])
+    };
+    let name = line.split_once("credential").and_then(|(_, after)| {
+        let after = after.trim_start_matches(['\'', '"', ':', ' ']);
+        after.split(['\'', '"', ',', '}', ' ']).next()
+    });
+    value.is_some_and(|value| !value.is_empty() && !value.starts_with('{'))
+        || line.split("://").skip(1).any(has_more)
+        || name.is_some_and(|name| !name.is_empty() && !is_name(name))
 }
 
 #[cfg(test)]
@@ -142,6 +153,10 @@ mod tests {
             "{ \"api_key\": sk-1 }",
             "base_url: https://a:sk-1@b",
             "api-key:sk-1",
+            "base_url: https://a/v1?key=sk-1",
+            "TOKEN: { credential: sk-1+2/3= }",
+            "\"TOKEN\": {\"credential\": \"sk-1+2/3=\"}",
+            &format!("  credential: '{}'", "sk-1".repeat(20)),
         ] {
             assert!(
                 !drawn(line, [1, 1, 2], Paint::Plain).contains("sk-1"),
@@ -150,7 +165,8 @@ mod tests {
         }
         for line in [
             "api_key: { credential: key }",
-            "url: https://example.org",
+            "env: {A: {credential: 'a'}, B: c}",
+            "url: https://example.org # ?",
             "api_key:",
         ] {
             assert!(drawn(line, [1, 1, 2], Paint::Plain).contains(line));

@@ -68,11 +68,10 @@ fn provider(reader: &mut Reader, entry: &Entry, subject: &str) -> Option<Provide
         is_plain && has_host && !url.contains(['?', '#', '@'])
     });
     if let Some(url) = url.filter(|_| !is_url) {
-        // Nor is a password.
-        let message = if url.contains('@') {
-            "base_url has an @ in it".to_owned()
-        } else {
-            format!("base_url is {}", quoted(url))
+        // Nor is a password, or a key in a query.
+        let message = match url.chars().find(|c| "?#@".contains(*c)) {
+            Some(sign) => format!("base_url has '{sign}' in it"),
+            None => format!("base_url is {}", quoted(url)),
         };
         let help = "write an address that begins with https:// or http://, without a user, a query or a fragment; the key goes to api_key";
         reader.error_help(base_url.value.place, message, help);

@@ -240,23 +240,31 @@ pub(super) fn moderator(
     })
 }
 
-/// The name of a provider, an agent or a credential.
+/// The name of a provider or an agent.
 pub(super) fn name_of(reader: &mut Reader, node: &Node, subject: &str) -> Option<String> {
     let text = reader.text(node, subject)?;
-    let is_right = text.len() <= limits::SETTING_NAME_BYTES
-        && text.starts_with(|first: char| first.is_ascii_alphanumeric())
-        && text
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
-    if !is_right {
-        let most = limits::SETTING_NAME_BYTES;
-        let help = format!(
-            "a name has letters, digits, '.', '_' and '-', begins with a letter or digit, and has at most {most} bytes"
-        );
-        reader.error_help(node.place, format!("{subject} is {}", quoted(text)), help);
+    if !is_name(text) {
+        let message = format!("{subject} is {}", quoted(text));
+        reader.error_help(node.place, message, name_rule());
         return None;
     }
     Some(text.to_owned())
+}
+
+/// What providers, agents and credentials can be called.
+pub(super) fn is_name(text: &str) -> bool {
+    text.len() <= limits::SETTING_NAME_BYTES
+        && text.starts_with(|first: char| first.is_ascii_alphanumeric())
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
+}
+
+fn name_rule() -> String {
+    let most = limits::SETTING_NAME_BYTES;
+    format!(
+        "a name has letters, digits, '.', '_' and '-', begins with a letter or digit, and has at most {most} bytes"
+    )
 }
 
 /// `{credential: NAME}`.
@@ -267,9 +275,13 @@ pub(super) fn credential(reader: &mut Reader, node: &Node, subject: &str) -> Opt
         reader.error_help(node.place, format!("{subject} names no credential"), help);
         return None;
     };
-    name_of(
-        reader,
-        &entry.value,
-        &format!("the credential of {subject}"),
-    )
+    let subject = format!("the credential of {subject}");
+    let name = reader.text(&entry.value, &subject)?;
+    if !is_name(name) {
+        // Never quoted: it may be the key.
+        let message = format!("{subject} is no name");
+        reader.error_help(entry.value.place, message, name_rule());
+        return None;
+    }
+    Some(name.to_owned())
 }
