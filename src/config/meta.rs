@@ -30,6 +30,8 @@ pub const RESERVED: [&str; 10] = [
 const VIOLATIONS: usize = 10;
 /// Longest text of one of them: it quotes the reply.
 const VIOLATION_CHARS: usize = 300;
+/// What the patterns of a schema may take together when they are compiled.
+const PATTERN_BYTES: usize = 16 * 1024 * 1024;
 
 /// A schema, compiled once.
 #[derive(Debug)]
@@ -72,9 +74,10 @@ impl Checker {
                 "`{key}` is what nerve itself writes there: give it another name"
             ));
         }
+        let share = PATTERN_BYTES / patterns(schema).max(1);
         let validator = jsonschema::options()
             .offline()
-            .with_pattern_options(PatternOptions::regex())
+            .with_pattern_options(PatternOptions::regex().size_limit(share))
             .build(schema)
             .map_err(|error| format!("not a JSON Schema: {}", described(&error)))?;
         Ok(Self {
@@ -244,6 +247,25 @@ fn refers(schema: &Value) -> bool {
     }
 }
 
+/// How many patterns there are, at most.
+fn patterns(schema: &Value) -> usize {
+    match schema {
+        Value::Object(map) => {
+            let of = |(key, value): (&String, &Value)| {
+                let here = match (key.as_str(), value) {
+                    ("pattern", _) => 1,
+                    ("patternProperties", Value::Object(map)) => map.len(),
+                    _ => 0,
+                };
+                here + patterns(value)
+            };
+            map.iter().map(of).sum()
+        }
+        Value::Array(values) => values.iter().map(patterns).sum(),
+        _ => 0,
+    }
+}
+
 /// Whether this is as small and as shallow as a meta is.
 pub(super) fn bounded(value: &Value, what: &str) -> Result<(), String> {
     let (bytes, deepest) = (limits::META_BYTES, limits::META_DEPTH);
@@ -374,6 +396,10 @@ mod tests {
                 json!({"properties": {"x": {"pattern": "(a{9999}){9999}"}}}),
                 "not a JSON Schema",
             ),
+            (
+                json!({"allOf": vec![json!({"pattern": "(\\p{L}{20}){9}"}); 100]}),
+                "not a JSON Schema",
+            ),
             (json!({"properties": {"stderr": {}}}), "`stderr`"),
             (
                 json!({"oneOf": [{"properties": {"status": {"const": "a"}, "usage": {}}}]}),
@@ -390,6 +416,9 @@ mod tests {
             assert!(error.contains(expected), "{schema}: {error}");
         }
         assert!(Checker::new(&deep(limits::META_DEPTH - 1)).is_ok());
+        let honest = "^[A-Z]{2,9}-\\d+: \\p{L}{1,32}$";
+        let schema = json!({"allOf": vec![json!({"items": {"pattern": honest}}); 8]});
+        assert!(Checker::new(&schema).is_ok());
     }
 
     #[test]
