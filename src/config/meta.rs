@@ -206,17 +206,41 @@ pub fn frontmatter(text: &str, checker: &Checker) -> Result<Map<String, Value>, 
     let Some(Value::Object(mut meta)) = node.as_ref().map(yaml::to_json) else {
         return Err("the frontmatter is no map of `key: value` lines".to_owned());
     };
+    if let Some(status) = meta.get_mut("status") {
+        make_text(status);
+    }
+    let status = meta.get("status").and_then(Value::as_str);
+    let status = status.unwrap_or_default().to_owned();
+    let is_chosen =
+        |branch: &&Value| words(branch).is_none_or(|words| words.contains(&status.as_str()));
+    let mut parts = vec![&checker.schema];
+    parts.extend(branches(&checker.schema).iter().filter(is_chosen));
     for (key, value) in &mut meta {
-        let wanted = checker
-            .schema
-            .get("properties")
-            .and_then(|all| all.get(key)?.get("type"));
-        if wanted.is_some_and(|kind| kind == "string") && (value.is_number() || value.is_boolean())
-        {
-            *value = Value::String(value.to_string());
+        let mut properties = parts
+            .iter()
+            .filter_map(|part| part.get("properties")?.get(key));
+        if properties.any(|property| wants_text(property, value)) {
+            make_text(value);
         }
     }
     Ok(meta)
+}
+
+/// Whether a property of this schema is text, or a text that reads like this value.
+fn wants_text(property: &Value, value: &Value) -> bool {
+    let text = Value::String(value.to_string());
+    property.get("type").is_some_and(|kind| kind == "string")
+        || property.get("const") == Some(&text)
+        || property
+            .get("enum")
+            .and_then(Value::as_array)
+            .is_some_and(|words| words.contains(&text) && !words.contains(value))
+}
+
+fn make_text(value: &mut Value) {
+    if value.is_number() || value.is_boolean() {
+        *value = Value::String(value.to_string());
+    }
 }
 
 /// What `properties.status` allows, when it names it.
@@ -497,6 +521,25 @@ mod tests {
         .unwrap();
         let expected = json!({"commit": "1234567", "lines": 12, "score": 0.5, "flag": true, "version": "1.10"});
         assert_eq!(Value::Object(meta), expected);
+        let commit = json!({"status": {"const": "true"}, "commit": {"type": "string"}});
+        let count =
+            json!({"status": {"const": "2"}, "commit": {"enum": ["1"]}, "n": {"enum": ["1", 1]}});
+        let schema = json!({"oneOf": [{"properties": commit}, {"properties": count}]});
+        let checker = Checker::new(&schema).unwrap();
+        for (text, expected) in [
+            (
+                "status: true\ncommit: 12",
+                json!({"status": "true", "commit": "12"}),
+            ),
+            (
+                "status: 2\ncommit: 1\nn: 1",
+                json!({"status": "2", "commit": "1", "n": 1}),
+            ),
+        ] {
+            let meta = frontmatter(text, &checker).unwrap();
+            assert_eq!(Value::Object(checker.check(meta).unwrap()), expected);
+        }
+        let checker = Checker::new(&json!({})).unwrap();
         for (text, expected) in [
             ("a: b: c", "line 1"),
             ("a: 1\na: 2", "line 2"),
