@@ -13,6 +13,7 @@ use super::reader::Reader;
 use super::template;
 use super::yaml::{Content, Entry, Node, Place, to_json};
 use super::{definition, emit, liquid};
+use crate::model::limits;
 use crate::model::message::ERROR;
 use crate::model::name::{RoleName, WorkflowName};
 use crate::model::workflow::Target;
@@ -101,7 +102,17 @@ impl<'n> Conversion<'n> {
             reader.error_help(node.place, message, "check that this is one");
             return None;
         };
+        let place = roles.place;
         let roles = reader.entries(roles, "roles")?;
+        if roles.len() > limits::ROLES {
+            let most = limits::ROLES;
+            let message = format!(
+                "{} roles, more than the {most} of a workflow of nerve",
+                roles.len()
+            );
+            reader.error_help(place, message, "split the definition");
+            return None;
+        }
         let edges = edges(reader, graph)?;
         Some(Self {
             name: of("name").and_then(text).unwrap_or("converted"),
@@ -248,7 +259,7 @@ impl<'n> Conversion<'n> {
             tasks.push((edge, translated.text));
         }
         let different: BTreeSet<&str> = tasks.iter().map(|(_, text)| text.as_str()).collect();
-        if different.len() <= 1 {
+        if tasks.is_empty() || (different.len() == 1 && tasks.len() == edges.len()) {
             return tasks.pop().map(|(_, text)| text);
         }
         let mut text = String::new();
@@ -638,7 +649,30 @@ mod tests {
     }
 
     #[test]
+    fn what_one_edge_says_is_not_said_after_another() {
+        let text = "version: 1
+name: a
+roles:
+  a: {goal: x, frontmatter: {properties: {$status: {enum: [again, done]}}}}
+graph:
+  $START: {new: {role: a}}
+  a: {again: {role: a, prompt: Once more.}, done: {role: $END}}
+";
+        let text = convert("f", text.as_bytes()).text.unwrap();
+        let workflow = definition::parse("result", None, text.as_bytes())
+            .definition
+            .unwrap()
+            .workflow;
+        assert!(!told(&workflow, "a", "", Value::Null).contains("Once more."));
+        let again = serde_json::json!({"status": "again"});
+        assert!(told(&workflow, "a", "a", again).contains("Once more."));
+    }
+
+    #[test]
     fn what_is_no_such_definition_is_refused() {
+        let many: Vec<String> = (0..=limits::ROLES).map(|n| format!("r{n}: {{}}")).collect();
+        let many = many.join(", ");
+        let many = format!("roles: {{{many}}}\ngraph: {{$START: {{new: {{role: r1}}}}}}\n");
         for (text, says) in [
             (
                 "version: 2\nroles: {}\ngraph: {}\n",
@@ -654,6 +688,7 @@ mod tests {
                 "has no $status",
             ),
             ("a: !include b.yaml\n", "a tag"),
+            (&many, "65 roles, more than the 64"),
         ] {
             let told = convert("f", text.as_bytes()).diagnostics;
             let is_told = told

@@ -1,7 +1,7 @@
 //! Liquid templates, as those of minijinja. Called by `convert` only; what cannot be said here is told, and stays as text.
 
 /// Filters by their names there and here.
-const FILTERS: [(&str, &str); 17] = [
+const FILTERS: [(&str, &str); 16] = [
     ("abs", "abs"),
     ("capitalize", "capitalize"),
     ("downcase", "lower"),
@@ -9,7 +9,6 @@ const FILTERS: [(&str, &str); 17] = [
     ("join", "join"),
     ("json", "tojson"),
     ("last", "last"),
-    ("lstrip", "trim"),
     ("replace", "replace"),
     ("reverse", "reverse"),
     ("round", "round"),
@@ -52,7 +51,7 @@ pub(super) fn translate(template: &str, root: &str) -> Translated {
     let mut rest = template;
     while let Some(start) = rest.find("{{").into_iter().chain(rest.find("{%")).min() {
         let (before, tag) = rest.split_at(start);
-        translated.text.push_str(before);
+        translated.text.push_str(&verbatim(before));
         let line = template[..template.len() - tag.len()].matches('\n').count();
         let length = length_of(tag);
         let (source, after) = tag.split_at(length);
@@ -60,7 +59,11 @@ pub(super) fn translate(template: &str, root: &str) -> Translated {
         match translation.tag(source) {
             Ok(Tag::Text(text)) => translated.text.push_str(&text),
             Ok(Tag::Until(end, keep)) => {
-                let skipped = rest.find(&format!("{{% {end}")).unwrap_or(rest.len());
+                let Some(skipped) = find_tag(rest, end) else {
+                    translated.left.push((line, format!("a tag without {end}")));
+                    translated.text.push_str(&verbatim(source));
+                    continue;
+                };
                 let length = skipped + length_of(&rest[skipped..]);
                 if keep {
                     translated.text.push_str(source);
@@ -74,8 +77,18 @@ pub(super) fn translate(template: &str, root: &str) -> Translated {
             }
         }
     }
-    translated.text.push_str(rest);
+    translated.text.push_str(&verbatim(rest));
     translated
+}
+
+/// Where the tag of this name begins.
+fn find_tag(text: &str, name: &str) -> Option<usize> {
+    let is_it = |at: &usize| {
+        let inner = &text[at + 2..];
+        let inner = inner.strip_prefix('-').unwrap_or(inner);
+        inner.trim_start().starts_with(name)
+    };
+    text.match_indices("{%").map(|(at, _)| at).find(is_it)
 }
 
 /// Text in which nothing is a template.
@@ -292,7 +305,11 @@ impl Translation<'_> {
         while !rest.is_empty() {
             if let Some(after) = rest.strip_prefix('.') {
                 let end = after.find(['.', '[']).unwrap_or(after.len());
-                value = step(&value, &after[..end]);
+                value = match &after[..end] {
+                    "size" if name != "forloop" => format!("({value} | length)"),
+                    word @ ("first" | "last") if name != "forloop" => format!("({value} | {word})"),
+                    key => step(&value, key),
+                };
                 rest = &after[end..];
             } else {
                 let end = rest.find(']').ok_or_else(|| text.to_owned())? + 1;
@@ -380,6 +397,22 @@ mod tests {
             ),
             ("a{% comment %}{{ b }}{% endcomment %}c", "ac"),
             (
+                "a{%- comment -%}{{ b }}{%-endcomment-%}c{%comment%}d{%endcomment%}e",
+                "ace",
+            ),
+            (
+                "{% if items.size > 1 %}{{ items.first.name }}{% endif %}",
+                "{% if (last.meta.items | length) > 1 %}{{ (last.meta.items | first).name }}{% endif %}",
+            ),
+            (
+                "{% for i in items %}{% if forloop.last %}{{ i.last }}{% endif %}{% endfor %}",
+                "{% for i in last.meta.items %}{% if loop.last %}{{ (i | last) }}{% endif %}{% endfor %}",
+            ),
+            (
+                "{# a #}{{ b }}{#",
+                "{% raw %}{# a #}{% endraw %}{{ last.meta.b }}{% raw %}{#{% endraw %}",
+            ),
+            (
                 "{% raw %}{{ b }}{% endraw %}",
                 "{% raw %}{{ b }}{% endraw %}",
             ),
@@ -407,6 +440,8 @@ mod tests {
     fn what_cannot_be_said_stays_as_text_and_is_told() {
         for (liquid, what) in [
             ("\n{{ a | truncate: 9 }}", "the filter truncate"),
+            ("\n{{ a | lstrip }}", "the filter lstrip"),
+            ("\n{% comment %}a", "a tag without endcomment"),
             (
                 "\n{% case a %}{% when 1 %}{% else %}{% endcase %}",
                 "the tag case",
