@@ -984,6 +984,28 @@ graph:
     }
 
     #[test]
+    fn a_fault_in_what_an_alias_repeats_is_shown_at_the_alias() {
+        let text = "version: 1
+name: a
+roles:
+  one: {exec: [x], prompt: &p \"{{ two }}\\n{{ three }}\"}
+  two:
+    exec: [x]
+    prompt: &q |
+      a
+      {{ three }}
+  last_one:
+    exec: [x]
+    prompt: *q
+graph: {$START: one, one: {ok: two}, two: {ok: last_one}, last_one: {ok: $END}}
+";
+        let found = errors(text);
+        assert_eq!(found.len(), 3, "{found:#?}");
+        assert!(found[2].starts_with("f.yaml:12:13: error: "), "{found:#?}");
+        assert!(found[2].contains("in line 2 of the prompt"), "{found:#?}");
+    }
+
+    #[test]
     fn a_flood_of_faults_is_told_briefly_and_quickly() {
         let found = errors(&"a:\n".repeat(50_000));
         assert_eq!(found.len(), DIAGNOSTICS + 1);

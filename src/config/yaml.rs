@@ -354,10 +354,14 @@ impl Builder {
                 "write it flatter",
             ));
         }
-        let node = Node {
+        let mut node = Node {
             place,
             ..node.clone()
         };
+        if let Content::Text { literal, .. } = &mut node.content {
+            // Its lines are elsewhere.
+            *literal = false;
+        }
         self.complete(node, 0)
     }
 
