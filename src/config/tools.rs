@@ -139,7 +139,13 @@ fn reply(reader: &mut Reader, entry: &Entry) -> Option<ReplyForm> {
     let fields = reader.fields(&entry.value, "reply", &REPLY_KEYS)?;
     let mut at = |key: &str| pointer(reader, &fields.get(key)?.value);
     match (at("json"), at("jsonl")) {
-        (Some(text), None) => Some(ReplyForm::Json(text)),
+        (Some(text), None) => {
+            if let Some(entry) = fields.get("where") {
+                let help = "remove it, or write jsonl instead of json";
+                reader.error_help(entry.place, "reply has where beside json", help);
+            }
+            Some(ReplyForm::Json(text))
+        }
         (None, Some(text)) => {
             let matching = fields.get("where").and_then(|entry| {
                 let entries = reader.entries(&entry.value, "where")?;
