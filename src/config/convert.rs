@@ -423,13 +423,7 @@ fn location(reader: &mut Reader, edges: &[&Edge<'_>]) -> Option<String> {
 }
 
 fn value<'n>(node: &'n Node, key: &str) -> Option<&'n Node> {
-    match &node.content {
-        Content::Map(entries) => entries
-            .iter()
-            .find(|entry| entry.key == key)
-            .map(|entry| &entry.value),
-        _ => None,
-    }
+    node.get(key).map(|entry| &entry.value)
 }
 
 fn text(node: &Node) -> Option<&str> {

@@ -18,10 +18,8 @@ use super::diagnostic::{escaped, listed, nearest, quoted};
 use super::template_shape::{self, BLOCKS, LINE_BYTES, Shape, TAG_BYTES, Word};
 use crate::model::limits;
 use crate::model::message::Message;
-use crate::model::name::RunId;
+use crate::model::name::{RoleName, RunId};
 
-/// What a prompt can name beside the workflow's roles.
-const NAMES: [&str; 5] = ["start", "messages", "last", "round", "run"];
 /// Functions of the environment, which a prompt can name too.
 const FUNCTIONS: [&str; 3] = ["range", "dict", "namespace"];
 /// Words that mean something else in a template, so that a role of this name could not be spoken of.
@@ -133,7 +131,7 @@ pub(super) fn check(prompt: &str, roles: &[&str]) -> Vec<TemplateFault> {
             }];
         }
     };
-    let known = || NAMES.into_iter().chain(roles.iter().copied());
+    let known = || RoleName::RESERVED.into_iter().chain(roles.iter().copied());
     let mut unknown: Vec<String> = template.undeclared_variables(false).into_iter().collect();
     unknown
         .retain(|name| !FUNCTIONS.contains(&name.as_str()) && !known().any(|known| known == name));
@@ -337,7 +335,7 @@ pub fn context(thread: &[Message], round: u32, run: RunId) -> Value {
     }
     let start = thread
         .iter()
-        .position(|message| message.role == crate::model::name::RoleName::START);
+        .position(|message| message.role == RoleName::START);
     let given = [
         (
             "start",

@@ -13,6 +13,7 @@ use super::time::parse_duration;
 use super::unit_syntax::{account, boolean, permyriad, size, tasks, words};
 use super::work;
 use super::yaml::{Content, Entry, Node, Place};
+use crate::model::limits;
 use crate::model::worker::DEATHS;
 use crate::model::workflow::WorkerSettings;
 
@@ -51,8 +52,6 @@ const TAKEN: [&str; 16] = [
     "SYSTEMD_EXEC_PID",
     "MEMORY_PRESSURE_",
 ];
-/// Longest `NAME=VALUE` that a program can be started with.
-const ASSIGNMENT_BYTES: usize = 131_071;
 /// Longest path, without its prefix.
 const PATH_BYTES: usize = 4_095;
 
@@ -252,9 +251,10 @@ fn assignment(word: &str) -> Result<(), String> {
         ));
     };
     variable_name(name)?;
-    if word.len() > ASSIGNMENT_BYTES {
+    if word.len() > limits::ARGUMENT_BYTES {
         return Err(format!(
-            "{name} has more than the {ASSIGNMENT_BYTES} bytes that Linux allows; put it into a file"
+            "{name} has more than the {} bytes that Linux allows; put it into a file",
+            limits::ARGUMENT_BYTES
         ));
     }
     if value

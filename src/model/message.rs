@@ -8,7 +8,7 @@ use super::name::RoleName;
 use super::status::RunResult;
 use super::workflow::Target;
 
-/// Status of a round whose first process exited 0.
+/// Status of a round that did not fail, unless its role has words of its own for that.
 pub const OK: &str = "ok";
 /// Status of a round that failed, for whatever reason.
 pub const ERROR: &str = "error";
@@ -20,7 +20,7 @@ pub struct Message {
     pub role: String,
     /// What it said.
     pub content: String,
-    /// `status` always; an exec role's also `exitCode` or `signal`, `stderr`, and `result` when the status is `error`.
+    /// `status` always, what the reply says of itself, and what nerve adds; nerve-workflow(5) lists it under Statuses.
     pub meta: Map<String, Value>,
     /// µs since the epoch.
     pub timestamp: u64,

@@ -117,7 +117,8 @@ text_type! {
 impl RoleName {
     /// The author of a thread's round 0.
     pub const START: &str = "__start__";
-    const RESERVED: [&str; 5] = ["start", "messages", "last", "round", "run"];
+    /// What prompts can name beside the workflow's roles.
+    pub const RESERVED: [&str; 5] = ["start", "messages", "last", "round", "run"];
 }
 
 impl FromStr for RoleName {

@@ -16,9 +16,9 @@ pub struct Role {
     pub work: Work,
     /// Template of what a command reads on stdin, and of an LLM's system message. A command without one has an empty stdin.
     pub prompt: Option<String>,
-    /// A round that takes longer is an `error`.
+    /// An attempt that takes longer has failed.
     pub timeout: Option<Duration>,
-    /// So is a round that says nothing for so long.
+    /// So has one that says nothing for so long.
     pub stall: Option<Duration>,
     /// Absolute; without one the run's own directory.
     pub cwd: Option<String>,
