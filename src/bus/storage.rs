@@ -18,6 +18,7 @@ use super::words::{EventFilter, LoggedEvent};
 use crate::model::audit::{Audit, Verb};
 use crate::model::hex::hex;
 use crate::model::limits;
+use crate::model::name::RunTail;
 use crate::model::predecessor::Piece;
 use crate::model::report::Report;
 use crate::model::run::Caller;
@@ -25,6 +26,7 @@ use crate::os::clock;
 use crate::os::descriptor::{Use, regular_file};
 use crate::os::log::whole;
 use crate::store::import::{Added, slices};
+use crate::store::retention::FORGOTTEN;
 use crate::store::upkeep::{Orders, Outcome, upkeep};
 use crate::store::{self, Begin, Blobs, Digest, Handle, Store, archive, backup, check};
 
@@ -55,7 +57,7 @@ impl Storage {
         };
         let limit = filter.limit.unwrap_or(limits::LIST_ROWS);
         let reference = match filter.reference {
-            Some(text) => Some(self.reference(text).await?),
+            Some(text) => Some(self.reference(&text).await?.unwrap_or(text)),
             None => None,
         };
         let filter = store::EventFilter {
@@ -262,7 +264,10 @@ impl Storage {
         reference: String,
     ) -> Result<(String, Vec<ArchiveFile>), Error> {
         self.0.authority.authorize(connection, &header).await?;
-        let reference = self.reference(reference).await?;
+        let reference = match self.reference(&reference).await? {
+            Some(known) => known,
+            None => self.forgotten(reference).await?,
+        };
         let listed = self.0.store.call(|store| store.archived()).await;
         let file = |listed: archive::Listed| ArchiveFile {
             day: listed.day,
@@ -319,18 +324,52 @@ impl Storage {
 }
 
 impl Storage {
-    /// What the log calls it: a word that it knows, or else the run that this is the tail of.
-    async fn reference(&self, text: String) -> Result<String, Error> {
-        let asked = text.clone();
+    /// What the log calls it: a word that it knows, or else the run that this is the tail of. None when nothing has been
+    /// said about it yet, if it is anything.
+    async fn reference(&self, text: &str) -> Result<Option<String>, Error> {
+        let asked = text.to_owned();
         let is_known = self.0.store.call(move |store| store.is_reference(&asked));
         if is_known.await.map_err(unreadable)? {
+            return Ok(Some(text.to_owned()));
+        }
+        match self.0.find(text).await {
+            Ok(run) => Ok(Some(run.to_string())),
+            // A whole id is one, whether the run has been forgotten or not.
+            Err(Error::UnknownRun(_)) if text.len() == 32 => Ok(Some(text.to_ascii_lowercase())),
+            Err(Error::UnknownRun(_) | Error::InvalidArgument(_)) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The forgotten run that this is the tail of, as far as the database says that it went; or else the text.
+    async fn forgotten(&self, text: String) -> Result<String, Error> {
+        if text.parse::<RunTail>().is_err() {
             return Ok(text);
         }
-        match self.0.find(&text).await {
-            Ok(run) => Ok(run.to_string()),
-            // Nothing has been said about it yet, if it is anything.
-            Err(Error::UnknownRun(_) | Error::InvalidArgument(_)) => Ok(text),
-            Err(error) => Err(error),
+        let tail = text.to_ascii_lowercase();
+        let filter = store::EventFilter {
+            event_type: Some(FORGOTTEN.to_owned()),
+            ..store::EventFilter::default()
+        };
+        let (mut found, mut after) = (None, 0);
+        loop {
+            let filter = filter.clone();
+            let read =
+                move |store: &mut Store| store.list_events(&filter, Begin::After(after), u32::MAX);
+            let slice = self.0.store.call(read).await.map_err(unreadable)?;
+            let runs = slice.events.into_iter().map(|event| event.reference);
+            for run in runs.filter(|run| run.ends_with(&tail)) {
+                if found.as_ref().is_some_and(|other| *other != run) {
+                    return Err(Error::AmbiguousRun(format!(
+                        "several forgotten runs' ids end in {tail}; give more digits"
+                    )));
+                }
+                found = Some(run);
+            }
+            if slice.next == after {
+                return Ok(found.unwrap_or(text));
+            }
+            after = slice.next;
         }
     }
 

@@ -33,17 +33,11 @@ pub(super) struct Everywhere<'a> {
 impl<'a> Everywhere<'a> {
     /// Those up to an event of the log.
     pub(super) async fn begin(client: &'a Client, filter: &EventFilter) -> Result<Self, Failure> {
-        let reference = filter.reference.clone().unwrap_or_default();
-        let (reference, files) = client.archive_files(&reference).await?;
+        let (reference, files) = files(client, filter).await?;
         let mut filter = filter.clone();
         // By the name that the log has for it: in files nobody looks for digits at the end.
         filter.reference = filter.reference.map(|_| reference);
-        let since = filter.since.map(day).unwrap_or_default();
-        let until = filter.until.map(day);
-        let is_in = |file: &ArchiveFile| {
-            file.day >= since && until.as_ref().is_none_or(|until| file.day <= *until)
-        };
-        let files = files.into_iter().filter(is_in);
+        let files = files.into_iter();
         let listed = |(index, file): (usize, ArchiveFile)| {
             ((file.first, index), (None, Source::Listed(file)))
         };
@@ -77,8 +71,8 @@ impl<'a> Everywhere<'a> {
         match source {
             Source::Listed(file) => {
                 let opened = self.client.archive_file(&file.file).await?;
-                let name = Path::new(&file.file);
-                let reader = cold::read_open(opened, name).map_err(damaged)?;
+                let path = cold::folder(Path::new("/var/lib/nerve")).join(&file.file);
+                let reader = cold::read_open(opened, &path).map_err(damaged)?;
                 self.read(Box::new(reader.expecting(&file.digest)))
             }
             Source::File(reader) => self.read(reader),
@@ -109,6 +103,19 @@ impl<'a> Everywhere<'a> {
         }
         Ok(None)
     }
+}
+
+/// The name that the log has for what a filter is about, and the files that may have such events.
+pub(super) async fn files(
+    client: &Client,
+    filter: &EventFilter,
+) -> Result<(String, Vec<ArchiveFile>), Failure> {
+    let reference = filter.reference.as_deref().unwrap_or_default();
+    let (reference, mut files) = client.archive_files(reference).await?;
+    let since = filter.since.map(day).unwrap_or_default();
+    let until = filter.until.map(day);
+    files.retain(|file| file.day >= since && until.as_ref().is_none_or(|until| file.day <= *until));
+    Ok((reference, files))
 }
 
 fn lets_through(filter: &EventFilter, event: &Logged) -> bool {

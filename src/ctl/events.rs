@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 
 use serde_json::Value;
 
-use super::archived::Everywhere;
+use super::archived::{Everywhere, files};
 use super::cli::{EventFormat, Events};
 use super::json::decode;
 use super::paper::Paper;
@@ -69,11 +69,8 @@ pub(super) async fn events(settings: &Settings, arguments: &Events) -> Result<u8
         }
     }
     print(&log.printer.end())?;
-    let is_of_a_time = arguments.since.or(arguments.until).is_some();
-    if log.printer.count == 0 && is_of_a_time && !arguments.archived {
-        note(
-            "nervectl: the database has no such event; with --archived the archive is searched, too",
-        );
+    if log.printer.count == 0 && arguments.lines != Some(0) {
+        log.explain(&client, arguments.archived).await?;
     }
     Ok(0)
 }
@@ -140,6 +137,53 @@ impl Log {
             }
         }
         print(&self.printer.events(found.make_contiguous()))
+    }
+
+    /// Nothing was found: says where else it may be, or that nothing has this name.
+    async fn explain(&self, client: &Client, archived: bool) -> Result<(), Failure> {
+        let filter = &self.filter;
+        let by_name = EventFilter {
+            reference: filter.reference.clone(),
+            ..EventFilter::default()
+        };
+        let is_named = filter.reference.is_some();
+        if archived {
+            let is_unknown = is_named
+                && (*filter == by_name
+                    || Everywhere::begin(client, &by_name)
+                        .await?
+                        .next()
+                        .await?
+                        .is_none());
+            if is_unknown {
+                self.unknown();
+            }
+            return Ok(());
+        }
+        if !is_named && filter.since.or(filter.until).is_none() {
+            return Ok(());
+        }
+        let one = EventFilter {
+            limit: Some(1),
+            ..by_name.clone()
+        };
+        let is_unknown = is_named && client.events(one).await?.0.is_empty();
+        let elsewhere = if is_unknown { &by_name } else { filter };
+        if !files(client, elsewhere).await?.1.is_empty() {
+            note(
+                "nervectl: the database has no such event; with --archived the archive is searched, too",
+            );
+        } else if is_unknown {
+            self.unknown();
+        }
+        Ok(())
+    }
+
+    fn unknown(&self) {
+        note(&format!(
+            "nervectl: no run, workflow or event is known as {}; a run that was forgotten may need its whole id",
+            self.filter.reference.as_deref().unwrap_or_default()
+        ));
     }
 
     /// Shows all that is behind the position, which then is the end.

@@ -95,14 +95,15 @@ impl Store {
         Ok(slice)
     }
 
-    /// Whether anything was ever said about this.
+    /// Whether this is said of events, or is a workflow: its events may all be in the archive.
     ///
     /// # Errors
     /// When the database cannot be read.
     pub fn is_reference(&self, text: &str) -> Result<bool, Error> {
-        let mut select = self
-            .connection
-            .prepare_cached("SELECT 1 FROM events WHERE ref = ?1 LIMIT 1")?;
+        let mut select = self.connection.prepare_cached(
+            "SELECT 1 FROM events WHERE ref = ?1 UNION ALL SELECT 1 FROM workflows WHERE name = ?1
+             UNION ALL SELECT 1 FROM workflow_runs WHERE workflow = ?1",
+        )?;
         Ok(select.exists([text])?)
     }
 
@@ -278,6 +279,19 @@ mod tests {
             }
         }
         assert!(found > 300, "{found}");
+    }
+
+    #[test]
+    fn a_workflow_is_known_when_none_of_its_events_is_there() {
+        let (_directory, store) = store([(WORKFLOW, "queued", "r".to_owned(), 5)]);
+        let rows = "INSERT INTO definitions VALUES ('d', x'00');
+             INSERT INTO workflows VALUES ('feed', 'd');
+             INSERT INTO workflow_runs (run, tail, workflow, status, killing, rounds, dry_run, trigger, created_at)
+                 VALUES ('00feed', 'deef00', 'cafe', 'completed', 0, 0, 0, '{}', 5);";
+        store.connection.execute_batch(rows).unwrap();
+        for (text, is_known) in [("r", true), ("feed", true), ("cafe", true), ("FEED", false)] {
+            assert_eq!(store.is_reference(text).unwrap(), is_known, "{text}");
+        }
     }
 
     #[test]

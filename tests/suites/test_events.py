@@ -172,7 +172,10 @@ class Log(GatedCase):
             self.assertEqual(events("--ref", reference), [event for event in everything if event["refId"] == run])
         self.assertEqual(events("--ref", "take-rounds", "--source", "system"),
                          [event for event in everything if event["refId"] == "take-rounds" and event["source"] == "system"])
-        self.assertEqual(events("--ref", "no-such-workflow"), [])
+        for unknown in ("no-such-workflow", "feedfeed"):
+            said = ctl("events", "--archived", "--ref", unknown, "-o", "jsonl")
+            self.assertEqual(said.stdout, "")
+            self.assertIn(f"known as {unknown}", said.stderr)
         for event in everything[::3]:
             at = event["timestamp"]
             moment = f"@{at // 10**6}.{at % 10**6:06}"
