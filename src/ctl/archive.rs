@@ -94,8 +94,16 @@ fn archived(report: &ArchiveReport, dry_run: bool) -> String {
             let _ = writeln!(text, "{what}: {number}");
         }
     };
-    say(report.forgotten, "runs forgotten");
-    say(report.blobs, "blobs removed");
+    let (forgotten, blobs) = if dry_run {
+        (
+            "runs that would be forgotten",
+            "blobs that would be removed",
+        )
+    } else {
+        ("runs forgotten", "blobs removed")
+    };
+    say(report.forgotten, forgotten);
+    say(report.blobs, blobs);
     say(report.freed.unwrap_or(0), "bytes given back");
     if dry_run {
         text.push_str("Nothing was done.\n");
@@ -124,6 +132,11 @@ mod tests {
         assert_eq!(
             archived(&report, false),
             "DAY         EVENTS  FILE\n2026-11-20       7  /a\\u{1b}\nruns forgotten: 2\nbytes given back: 4096\n"
+        );
+        let planned = archived(&report, true);
+        assert!(
+            planned.contains("\nruns that would be forgotten: 2\n"),
+            "{planned}"
         );
         let nothing = archived(&ArchiveReport::default(), true);
         assert!(nothing.starts_with("No day") && nothing.ends_with("Nothing was done.\n"));

@@ -31,8 +31,29 @@ pub(super) fn digests(text: &str) -> impl Iterator<Item = Digest> + '_ {
 /// # Errors
 /// When a directory cannot be read, a file cannot be removed, or the database cannot be read.
 pub fn collect(store: &Handle, before: u64) -> Result<u64, Error> {
-    let root = store.call_and_wait(|store| Ok(store.directory().join("blobs")))?;
     let before = UNIX_EPOCH + Duration::from_micros(before);
+    let (candidates, seen) = candidates(store, before)?;
+    let mut removed = 0;
+    for some in candidates.chunks(BATCH) {
+        let some = some.to_vec();
+        removed +=
+            store.call_and_wait(move |store| store.remove_unreferenced(some, seen, before))?;
+    }
+    Ok(removed)
+}
+
+/// How many blobs would be removed.
+///
+/// # Errors
+/// When a directory or the database cannot be read.
+pub fn would_collect(store: &Handle, before: u64) -> Result<u64, Error> {
+    let before = UNIX_EPOCH + Duration::from_micros(before);
+    Ok(candidates(store, before)?.0.len() as u64)
+}
+
+/// The old blobs that nothing refers to, and the last event that was asked.
+fn candidates(store: &Handle, before: SystemTime) -> Result<(Vec<Digest>, u64), Error> {
+    let root = store.call_and_wait(|store| Ok(store.directory().join("blobs")))?;
     let mut candidates = HashSet::new();
     for directory in entries(&root)? {
         let of_directory = old_blobs(&directory, before)?;
@@ -52,14 +73,7 @@ pub fn collect(store: &Handle, before: u64) -> Result<u64, Error> {
         }
         after = next;
     }
-    let candidates: Vec<Digest> = candidates.into_iter().collect();
-    let mut removed = 0;
-    for some in candidates.chunks(BATCH) {
-        let some = some.to_vec();
-        removed +=
-            store.call_and_wait(move |store| store.remove_unreferenced(some, after, before))?;
-    }
-    Ok(removed)
+    Ok((candidates.into_iter().collect(), after))
 }
 
 fn failed(path: &Path) -> impl FnOnce(io::Error) -> Error {
@@ -97,8 +111,9 @@ fn old_blobs(directory: &Path, before: SystemTime) -> Result<Vec<Digest>, Error>
 }
 
 fn is_old(path: &Path, before: SystemTime) -> bool {
-    let modified = fs::symlink_metadata(path).and_then(|found| found.modified());
-    modified.is_ok_and(|modified| modified < before)
+    let found = fs::symlink_metadata(path).ok();
+    let file = found.filter(|found| !found.is_dir());
+    file.is_some_and(|file| file.modified().is_ok_and(|at| at < before))
 }
 
 impl Store {

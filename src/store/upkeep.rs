@@ -4,6 +4,7 @@
 use super::archive::{Archived, Plan, archive};
 use super::{Error, Handle, collect, retention, vacuum};
 use crate::model::retention::Policy;
+use crate::model::time::{DAY_US, day_start};
 
 /// What is wanted of it.
 #[derive(Debug, Clone, Copy)]
@@ -14,11 +15,11 @@ pub struct Orders {
     pub max_days: Option<u32>,
     /// Whether free space goes back to the filesystem.
     pub vacuum: bool,
-    /// Only what would be archived is said.
+    /// Nothing is done; what would be is said.
     pub dry_run: bool,
 }
 
-/// What was done.
+/// What was done, or would be.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Outcome {
     pub days: Vec<Archived>,
@@ -49,9 +50,13 @@ pub fn upkeep(
     };
     let days = archive(store, &plan)?;
     if orders.dry_run {
+        let last = days.last().and_then(|last| day_start(&last.day));
+        let archived_before = last.map_or(0, |start| start + DAY_US);
         return Ok(Outcome {
             days,
-            ..Outcome::default()
+            forgotten: retention::would_forget(store, policy, now, archived_before)?,
+            blobs: collect::would_collect(store, before)?,
+            freed: None,
         });
     }
     Ok(Outcome {

@@ -37,6 +37,11 @@ def log():
     return {number: kind for number, kind in live if kind not in ("archived", "restored", "archive", "restore")}
 
 
+def events(*options):
+    """Lines of the log."""
+    return ctl("events", "-o", "jsonl", *options).stdout.splitlines()
+
+
 def readable(runs):
     return [(nervebox.thread(run), nervebox.run_json(run)) for run in runs]
 
@@ -44,6 +49,8 @@ def readable(runs):
 class Archive(nervebox.GatedCase):
     definitions = {
         "say-hello": nervebox.command("cat; echo hello", prompt="{{ start.content }}"),
+        # Hexadecimal, as runs' ids are: each of its events is about it, and of no run.
+        "a": nervebox.command("true"),
         "take-rounds": nervebox.rounds(nervebox.GATED, 2, worker=nervebox.WRITES),
     }
 
@@ -67,7 +74,11 @@ class Archive(nervebox.GatedCase):
         self.assertEqual(sum(day["rows"] for day in planned), len(self.before) - len(self.events_of(self.open)))
         self.assertFalse(FILES.exists())
         everything = [line for line in ctl("events", "-o", "jsonl").stdout.splitlines() if '"source":"audit"' not in line]
+        of_a = events("--ref", "a")
+        self.assertEqual(json.loads(of_a[0])["type"], "defined")
         done = archive("--vacuum")
+        self.assertEqual(events("--archived", "--ref", "a"), of_a)
+        self.assertIn("--archived", ctl("events", "--ref", "a").stderr)
         self.assertEqual(done["days"], planned)
         # And so does the log, byte for byte.
         again = ctl("events", "--archived", "-o", "jsonl").stdout.splitlines()
@@ -108,7 +119,7 @@ class Archive(nervebox.GatedCase):
     def test_a_damaged_file_is_named(self):
         file = pathlib.Path(archive()["days"][0]["file"])
         file.write_text(file.read_text().replace("hello", "hullo"))
-        for argv in (("thread", self.ended[0]), ("workflow", "show", self.ended[0]), ("store", "restore", file.name[:10])):
+        for argv in (("events", "--archived"), ("thread", self.ended[0]), ("workflow", "show", self.ended[0]), ("store", "restore", file.name[:10])):
             self.assertIn(str(file), ctl(*argv, check=70).stderr)
         ctl("workflow", "list")
 
@@ -116,11 +127,18 @@ class Archive(nervebox.GatedCase):
         self.assertEqual(nervebox.properties("nerve-archive.timer", "ActiveState")["ActiveState"], "active")
         nervebox.replace(nervebox.SETTINGS, "archive: {compress: zstd}\nretention: {runs: 2}\n")
         nervebox.reload()
+        planned = archive("--dry-run")
+        self.assertEqual(planned["forgotten"], 1)
+        self.assertIn("runs that would be forgotten: 1\n", ctl("store", "archive", "--dry-run").stdout)
+        of_one = events("--ref", self.ended[0])
         systemctl("start", "nerve-archive.service")
         self.assertTrue([path for path in FILES.iterdir() if path.name.endswith(".jsonl.zst")])
         # The oldest of three that have ended is beyond the two that are kept, and the open one does not count.
         self.assertEqual(ctl("workflow", "show", self.ended[0], check=66).stdout, "")
         self.assertEqual(readable(self.ended[1:]), self.said[1:])
+        for name in (self.ended[0][-8:], self.ended[0][-8:].upper(), self.ended[0].upper()):
+            found = events("--archived", "--ref", name)
+            self.assertEqual((found[:-1], json.loads(found[-1])["type"]), (of_one, "forgotten"))
         systemctl("stop", "nerve.service")
         self.assertEqual(nervebox.properties("nerve-archive.timer", "ActiveState")["ActiveState"], "inactive")
         systemctl("start", "nerve.service")

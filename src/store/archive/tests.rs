@@ -19,6 +19,7 @@ use crate::os::clock;
 use crate::store::collect::collect;
 use crate::store::log::{Head, Logged};
 use crate::store::retention::forget;
+use crate::store::upkeep::{Orders, upkeep};
 use crate::store::vacuum::{self, vacuum};
 use crate::store::{Digest, Error, EventRow, Handle, Round, Store, ThreadRange, cold};
 
@@ -685,6 +686,38 @@ fn ended_runs_are_forgotten_once_all_of_them_is_archived() {
         .collect();
     assert_eq!(runs, [1, 3, 2].map(|number| id(number).to_string()));
     assert_eq!(forgotten[0].payload, r#"{"workflow":"w"}"#);
+}
+
+#[test]
+fn what_would_be_done_is_what_is_done() {
+    let directory = tempfile::tempdir().unwrap();
+    history(directory.path());
+    let store = Handle::spawn(Store::open(directory.path()).unwrap()).unwrap();
+    let policy = Policy {
+        retention: Retention {
+            days: Some(0),
+            runs: Some(0),
+        },
+        ..Policy::default()
+    };
+    let now = at(9, 0);
+    let mut forgotten = 0;
+    for max_days in [Some(1), Some(1), None, None] {
+        let orders = |dry_run| Orders {
+            older_than: 0,
+            max_days,
+            vacuum: false,
+            dry_run,
+        };
+        let before = live(&store);
+        let planned = upkeep(&store, &orders(true), &policy, now).unwrap();
+        assert_eq!(live(&store), before);
+        let done = upkeep(&store, &orders(false), &policy, now).unwrap();
+        assert_eq!(planned, done);
+        forgotten += done.forgotten;
+    }
+    // The fourth has not ended.
+    assert_eq!(forgotten, 3);
 }
 
 #[test]
