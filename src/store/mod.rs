@@ -54,6 +54,9 @@ pub use thread::Handle;
 /// Below this SQLite a database in WAL mode can be damaged by its own log reset.
 const OLDEST_SQLITE: i32 = 3_051_003;
 
+/// What is to be done when nerve does not start with its database.
+const REMEDY: &str = "`/usr/libexec/nerve/nerved --check` says what is wrong, and nerve-store(7) how to restore a backup";
+
 /// Why the store could not do something.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -81,11 +84,11 @@ pub enum Error {
     },
     /// It was there and is not any more.
     #[error(
-        "{0} is {1}, though nerve has kept runs there: restore a backup as nerve-store(7) says, or remove {2} to begin with an empty history"
+        "{0} is {1}, though nerve has kept runs there: {remedy}; or remove {2} to begin with an empty history", remedy = REMEDY
     )]
     Missing(PathBuf, &'static str, PathBuf),
     /// It is no database of nerve's.
-    #[error("{} is {found}, not a database of nerve's; nothing of it was touched", path.display())]
+    #[error("{} is {found}, not a database of nerve's; nothing of it was touched: {}", path.display(), REMEDY)]
     Foreign {
         /// The file.
         path: PathBuf,
@@ -139,9 +142,7 @@ pub enum Error {
     #[error("PRAGMA {0} is {1:?}")]
     Pragma(&'static str, String),
     /// The database is damaged.
-    #[error(
-        "the database is damaged: {0}; nothing of it was touched: `/usr/libexec/nerve/nerved --check` says what is wrong, and nerve-store(7) how to restore a backup"
-    )]
+    #[error("the database is damaged: {0}; nothing of it was touched: {remedy}", remedy = REMEDY)]
     Damaged(String),
     /// What is left of the disk is for the runs.
     #[error(

@@ -178,7 +178,8 @@ fn attempt(path: &Path) -> Result<Connection, Error> {
         [],
         |row| row.get(0),
     )?;
-    if tables > 0 && ours < 2 {
+    let mark: i32 = connection.pragma_query_value(None, "application_id", |row| row.get(0))?;
+    if tables > 0 && ours < 2 && mark != schema::APPLICATION_ID {
         return Err(Error::Foreign {
             path: path.to_owned(),
             found: "a database of another application",
@@ -188,7 +189,10 @@ fn attempt(path: &Path) -> Result<Connection, Error> {
     if verdict != "ok" {
         return Err(Error::Damaged(verdict));
     }
-    schema::refuse_newer(&connection)?;
+    let version = schema::refuse_newer(&connection)?;
+    if let Some(name) = schema::missing(&connection, version)? {
+        return Err(Error::Damaged(format!("it has no {name}")));
+    }
     set(&connection, "journal_mode", "WAL", "wal")?;
     set(&connection, "synchronous", "FULL", "2")?;
     set(&connection, "foreign_keys", "ON", "1")?;

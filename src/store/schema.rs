@@ -165,6 +165,22 @@ pub(super) fn refuse_newer(connection: &Connection) -> Result<u32, Error> {
     Ok(version)
 }
 
+/// Type and name of something that a database of this version has, and this one has not.
+pub(super) fn missing(connection: &Connection, version: u32) -> Result<Option<String>, Error> {
+    let mut fresh = Connection::open_in_memory()?;
+    migrate_to(&mut fresh, version)?;
+    let found = names(connection)?;
+    let mut expected = names(&fresh)?.into_iter();
+    Ok(expected.find(|name| !found.contains(name)))
+}
+
+fn names(connection: &Connection) -> Result<Vec<String>, Error> {
+    let mut select = connection.prepare("SELECT type || ' ' || name FROM sqlite_schema")?;
+    Ok(select
+        .query_map([], |row| row.get(0))?
+        .collect::<Result<_, _>>()?)
+}
+
 /// Brings the database to this version's schema.
 pub(super) fn migrate(connection: &mut Connection) -> Result<(), Error> {
     migrate_to(connection, VERSION)

@@ -442,6 +442,62 @@ fn a_foreign_database_is_refused_untouched() {
 }
 
 #[test]
+fn a_database_without_one_of_its_objects_is_damaged_and_refused_untouched() {
+    let (directory, store) = store();
+    let objects = "SELECT type, name FROM sqlite_schema WHERE sql IS NOT NULL";
+    let objects: Vec<(String, String)> = store
+        .connection
+        .prepare(objects)
+        .unwrap()
+        .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))
+        .unwrap()
+        .collect::<Result<_, _>>()
+        .unwrap();
+    drop(store);
+    assert!(objects.len() > 20);
+    let file = directory.path().join("nerve.db");
+    let whole = std::fs::read(&file).unwrap();
+    for (kind, name) in objects {
+        let other = rusqlite::Connection::open(&file).unwrap();
+        let drop_it = format!("PRAGMA foreign_keys = OFF; DROP {kind} {name};");
+        other.execute_batch(&drop_it).unwrap();
+        drop(other);
+        let before = std::fs::read(&file).unwrap();
+        let error = Store::open(directory.path()).unwrap_err();
+        assert!(matches!(error, Error::Damaged(_)), "{error}");
+        let text = error.to_string();
+        assert!(text.contains(&format!("it has no {kind} ")), "{text}");
+        assert_eq!(std::fs::read(&file).unwrap(), before);
+        let log = directory.path().join("nerve.db-wal");
+        assert!(!log.exists() || log.metadata().unwrap().len() == 0);
+        std::fs::write(&file, &whole).unwrap();
+    }
+    Store::open(directory.path()).unwrap();
+}
+
+#[test]
+fn whatever_is_refused_as_no_database_names_check_and_restore() {
+    let (directory, store) = store();
+    drop(store);
+    let file = directory.path().join("nerve.db");
+    let whole = std::fs::read(&file).unwrap();
+    let elf = [b"\x7fELF".as_slice(), &whole[4..]].concat();
+    for bytes in [
+        b"".as_slice(),
+        &whole[..50],
+        &whole[..5_000],
+        &[0; 4_096],
+        &elf,
+    ] {
+        std::fs::write(&file, bytes).unwrap();
+        let text = Store::open(directory.path()).unwrap_err().to_string();
+        for word in ["nerved --check", "nerve-store(7)"] {
+            assert!(text.contains(word), "{text}");
+        }
+    }
+}
+
+#[test]
 fn no_other_program_reads_or_holds_the_database() {
     let (directory, store) = store();
     let file = directory.path().join("nerve.db");
