@@ -57,14 +57,44 @@ fn journal() -> io::Result<tracing_journald::Layer> {
     Ok(layer.with_field_prefix(Some("NERVE".to_owned())))
 }
 
-/// An error with all its causes.
+/// An error with all its causes. Some say what their own cause says: that is left out.
 #[must_use]
 pub fn whole(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
+    let mut above = text.clone();
     let mut cause = error.source();
     while let Some(next) = cause {
-        text = format!("{text}: {next}");
+        let said = next.to_string();
+        let new = said.strip_suffix(&*above).unwrap_or(&said);
+        let new = new.trim_end_matches([':', ' ']);
+        if !text.contains(new) {
+            text = format!("{text}: {new}");
+        }
+        above = said;
         cause = next.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_said_twice() {
+        let full = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_FULL);
+        let said = |text: &str| {
+            let error = rusqlite::Error::SqliteFailure(full, Some(text.to_owned()));
+            whole(&crate::store::Error::Sqlite(error))
+        };
+        let text = full.to_string();
+        let (code, meaning) = text.split_once(": ").unwrap();
+        assert_eq!(said(meaning), format!("database: {meaning}: {code}"));
+        assert_eq!(said("else"), format!("database: else: {text}"));
+        let file = crate::store::Error::File {
+            path: "/x".into(),
+            source: rustix::io::Errno::NOSPC.into(),
+        };
+        assert_eq!(whole(&file), "/x: No space left on device (os error 28)");
+    }
 }

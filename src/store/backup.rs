@@ -28,11 +28,21 @@ impl Store {
         if !self.hold.take() {
             return Err(Error::NotCopied("the database is being copied already"));
         }
-        let image = self.moved();
+        let image = self
+            .moved()
+            .map_err(|error| if error.is_full() { self.full() } else { error });
         if image.is_err() {
             self.hold.release();
         }
         image
+    }
+
+    /// The log cannot be moved into the database, whose disk is full, however much room there is for the copy.
+    fn full(&self) -> Error {
+        Error::File {
+            path: self.directory.join("nerve.db"),
+            source: rustix::io::Errno::NOSPC.into(),
+        }
     }
 
     fn moved(&self) -> Result<Image, Error> {

@@ -85,6 +85,8 @@ class Full(nervebox.Case):
         with self.filled():
             refused = Tried("end", check=70)
             self.assertEqual(refused.run, "")
+            backup = ctl("store", "backup", SCRATCH / "backup.db", check=70)
+            self.assertIn("/var/lib/nerve/nerve.db: No space left on device", backup.stderr)
             self.assertIn("no space left on device (ENOSPC): 0.0 MiB are available in /var/lib/nerve", refused.said)
             self.assertIn("disk full: no space left on device", ctl("status").stdout)
             wait_for(lambda: "disk full" in systemctl("status", "nerve.service").stdout, "systemctl status to say so")
