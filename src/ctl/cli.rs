@@ -155,6 +155,7 @@ pub(super) enum Blob {
     /// Keep what a file holds; prints its digest
     ///
     /// What is there already is not stored again. A blob that turns out to be damaged is replaced, and stderr says so.
+    /// `store archive`, and so nerve-archive.timer, removes a blob that nothing refers to 30 days after it was last put.
     Put {
         /// The file, or - for stdin; at most 1 GiB
         #[arg(value_name = "FILE")]
@@ -189,14 +190,14 @@ pub(super) enum Store {
     /// can change what was before. Runs go on meanwhile. When nerve does not start use `nerved --check`.
     Check {
         /// How to print it
-        #[arg(short, long, value_enum, default_value_t = Format::Text)]
-        output: Format,
+        #[arg(short, long, value_enum, default_value_t = ReportFormat::Text)]
+        output: ReportFormat,
     },
     /// Copy the database to a new file, while runs go on
     ///
     /// The archive and the blobs are files of their own, to be copied after it; nerve-store(7) says how, and how to restore it.
     Backup {
-        /// The file; it must not be there yet
+        /// The file; it must not be there yet, and - is not stdout
         #[arg(value_name = "FILE")]
         file: PathBuf,
     },
@@ -230,7 +231,7 @@ pub(super) struct Archive {
     /// Give space that the database does not need any more back to the filesystem
     #[arg(long)]
     pub vacuum: bool,
-    /// Only say what would be archived
+    /// Only say what would be archived, forgotten and removed
     #[arg(long, conflicts_with = "vacuum")]
     pub dry_run: bool,
     /// How to print it
@@ -360,6 +361,15 @@ pub(super) enum Format {
     /// For people
     Text,
     /// An array of objects; times in µs since the epoch
+    Json,
+}
+
+/// How a check's report is printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum ReportFormat {
+    /// For people
+    Text,
+    /// One object
     Json,
 }
 

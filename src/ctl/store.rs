@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
-use super::cli::{Format, Store};
+use super::cli::{ReportFormat, Store};
 use super::{Failure, Settings, archive, import, print};
 
 /// Exit status when something is wrong with the store.
@@ -21,17 +21,22 @@ pub(super) async fn dispatch(settings: &Settings, command: Store) -> Result<u8, 
     }
 }
 
-async fn check(settings: &Settings, output: Format) -> Result<u8, Failure> {
+async fn check(settings: &Settings, output: ReportFormat) -> Result<u8, Failure> {
     let report = settings.connect_patiently().await?.check().await?;
     match output {
-        Format::Json => print(&format!("{:#}\n", serde_json::json!(report)))?,
-        Format::Text => print(&report.to_string())?,
+        ReportFormat::Json => print(&format!("{:#}\n", serde_json::json!(report)))?,
+        ReportFormat::Text => print(&report.to_string())?,
     }
     Ok(if report.is_clean() { 0 } else { FAULTY })
 }
 
 /// The file is there, whole and synced, or it is not there.
 async fn backup(settings: &Settings, path: &Path) -> Result<u8, Failure> {
+    if path.as_os_str() == "-" {
+        return Err(Failure::Usage(
+            "a backup is a file, and does not go to standard output: give a path; ./- is a file of that name".to_owned(),
+        ));
+    }
     let client = settings.connect_patiently().await?;
     let failed =
         |error: io::Error| Failure::Input(format!("cannot write {}: {error}", path.display()));

@@ -11,6 +11,7 @@ import shutil
 import sqlite3
 import tempfile
 import threading
+import time
 
 import nervebox
 from nervebox import DATABASE, SCRATCH, STATE, command, ctl, ended, row, sh, start, systemctl
@@ -164,17 +165,19 @@ class Backup(nervebox.Case):
         ctl("workflow", "kill", "--grace", "0", *nervebox.open_runs(), check=False)
         after = start("say-much")
         ended(after)
-        # The restore.
+        (self.place / "archive").mkdir()
         shutil.copytree(STATE / "blobs", self.place / "blobs")
         systemctl("stop", "nerve.target")
-        for name in ("nerve.db", "nerve.db-wal"):
-            (STATE / name).unlink(missing_ok=True)
-        shutil.rmtree(STATE / "blobs")
+        aside = DATABASE.rename(STATE / "aside.db")
         self.assertIn("restore a backup", sh(NERVED, check=1).stderr)
-        shutil.copytree(self.place / "blobs", STATE / "blobs")
-        sh("install", "-m", "600", backup, DATABASE)
-        self.assertIn("nothing is wrong", offline().stdout)
+        aside.rename(DATABASE)
         systemctl("start", "nerve")
+        shutil.copy(backup, self.place / "nerve.db")
+        # Twice, the second time into another directory.
+        for number in (1, 2):
+            time.sleep(1.1)
+            self.assertIn("nothing is wrong", self.restored().stdout)
+            self.assertEqual(len(list(STATE.glob("damaged-*/nerve.db"))), number)
         listed = {element["run"] for element in nervebox.listed("-n", "10000")}
         self.assertEqual({run for run, _ in runs}, listed)
         self.assertNotIn(after, listed)
@@ -185,12 +188,20 @@ class Backup(nervebox.Case):
                 ended(run)
         self.assertIn("nothing is wrong", check())
 
+    def restored(self):
+        """What the lines of the page do, with our place for theirs."""
+        page = (pathlib.Path(__file__).parents[2] / "man/nerve-store.7").read_text()
+        lines = page.partition(".Sh RESTORE\n.Bd -literal -offset indent\n")[2].partition(".Ed\n")[0]
+        self.addCleanup(lambda: [shutil.rmtree(path) for path in STATE.glob("damaged-*")])
+        return sh("sh", "-c", lines.replace("/srv/backup", str(self.place)))
+
     def test_an_existing_file_is_left_alone(self):
         there = self.place / "there"
         there.write_text("mine")
         self.assertIn("exists", ctl("store", "backup", there, check=65).stderr)
         self.assertEqual(there.read_text(), "mine")
         ctl("store", "backup", self.place / "none/there", check=65)
+        self.assertIn("standard output", ctl("store", "backup", "-", check=64).stderr)
 
 
 class Check(nervebox.Case):
@@ -231,11 +242,23 @@ class Check(nervebox.Case):
                     self.assertEqual(DATABASE.read_bytes(), changed)
                     DATABASE.write_bytes(whole)
             # What no nerved starts with.
-            DATABASE.write_bytes(whole[:8192] + bytes(len(whole) - 8192))
-            refused = sh(NERVED, check=1).stderr
-            self.assertIn("nerved --check", refused)
-            self.assertIn("nerve-store(7)", refused)
-            offline(65)
+            dropped = []
+            for what in ("TABLE workers", "INDEX runs_by_tail", "TABLE events"):
+                DATABASE.write_bytes(whole)
+                with contextlib.closing(sqlite3.connect(DATABASE)) as database:
+                    database.execute(f"DROP {what}")
+                    database.commit()
+                    database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                dropped.append(DATABASE.read_bytes())
+            for damaged in (whole[:8192] + bytes(len(whole) - 8192), bytes(100) + whole[100:], whole[:50],
+                            pathlib.Path("/bin/true").read_bytes(), *dropped):
+                with self.subTest(damaged[:20]):
+                    DATABASE.write_bytes(damaged)
+                    refused = sh(NERVED, check=1).stderr
+                    self.assertIn("nerved --check", refused)
+                    self.assertIn("nerve-store(7)", refused)
+                    offline(65)
+                    self.assertEqual(DATABASE.read_bytes(), damaged)
         finally:
             DATABASE.write_bytes(whole)
             log.unlink(missing_ok=True)
