@@ -14,6 +14,7 @@ use super::wait::{nobody_reads, until};
 use super::{Failure, Settings, input, note, print, render};
 use crate::bus::client::{AUDIT, Client, EventFilter, Subject};
 use crate::bus::error::CallError;
+use crate::model::name::RunTail;
 use crate::model::run::Caller;
 use crate::model::time::utc;
 use crate::store::cold;
@@ -180,10 +181,12 @@ impl Log {
     }
 
     fn unknown(&self) {
-        note(&format!(
-            "nervectl: no run, workflow or event is known as {}; a run that was forgotten may need its whole id",
-            self.filter.reference.as_deref().unwrap_or_default()
-        ));
+        let name = self.filter.reference.as_deref().unwrap_or_default();
+        let mut text = format!("nervectl: no run, workflow or event is known as {name}");
+        if name.parse::<RunTail>().is_ok() {
+            text.push_str("; of a run that was forgotten give the whole id");
+        }
+        note(&text);
     }
 
     /// Shows all that is behind the position, which then is the end.
