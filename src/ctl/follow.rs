@@ -15,9 +15,6 @@ use crate::bus::client::{Client, EventFilter, Round, Run, Subject, ThreadOptions
 use crate::bus::error::CallError;
 use crate::model::name::RunId;
 
-/// The type of the event that a run has ended.
-const ENDED: &str = "ended";
-
 /// The run, once it has ended; its rounds are shown as they happen. That nobody reads them is no reason not to wait.
 pub(super) async fn until_ended(
     settings: &Settings,
@@ -43,6 +40,8 @@ pub(super) async fn until_ended(
 /// How far one has come with a run.
 pub(super) struct Followed<'a> {
     run: String,
+    /// Whether nerve has been asked since.
+    has_looked: bool,
     /// The newest of its events that was seen.
     position: u64,
     /// The newest round that was shown, or is not to be.
@@ -60,6 +59,7 @@ impl Followed<'_> {
         let newest = run.events.as_ref().and_then(|events| events.last());
         Self {
             run: run.run.clone(),
+            has_looked: false,
             position: newest.map_or(0, |event| event.seq),
             round: run.rounds,
             since: None,
@@ -68,34 +68,35 @@ impl Followed<'_> {
         }
     }
 
-    /// Shows what is new, if anything is; gives the run when that was the last.
+    /// Shows what is new, if anything is; gives the run when that was the last. The first look never says that nothing is
+    /// new: the events of a run that ended long ago are in the archive.
     pub(super) async fn look(
         &mut self,
         client: &Client,
     ) -> Result<Option<Result<Run, Failure>>, CallError> {
-        let (mut position, mut has_ended) = (self.position, false);
+        let mut position = self.position;
         loop {
             let filter = EventFilter {
                 reference: Some(self.run.clone()),
                 after: Some(position),
                 ..EventFilter::default()
             };
-            let (events, next) = client.events(filter).await?;
-            has_ended |= events.iter().any(|event| event.event_type == ENDED);
+            let (_, next) = client.events(filter).await?;
             if next <= position {
                 break;
             }
             position = next;
         }
-        if position == self.position {
+        if position == self.position && self.has_looked {
             return Ok(None);
         }
+        // Before its thread: one that has ended says no more.
+        let run = client.run(&self.run).await?;
         let options = ThreadOptions {
             after: Some(self.round),
             ..ThreadOptions::default()
         };
         let rounds = client.thread(&self.run, &options).await?;
-        let run = client.run(&self.run).await?;
         self.since = self.since.or(run.started_at);
         if let Err(failure) = self.show(&rounds) {
             return Ok(Some(Err(failure)));
@@ -103,8 +104,8 @@ impl Followed<'_> {
         if let Some(spinner) = self.spinner {
             spinner.say(&run, self.round);
         }
-        self.position = position;
-        Ok(has_ended.then_some(Ok(run)))
+        (self.has_looked, self.position) = (true, position);
+        Ok(run.end().is_some().then_some(Ok(run)))
     }
 
     /// Shows these rounds.

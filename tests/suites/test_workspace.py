@@ -14,6 +14,7 @@ import subprocess
 import termios
 
 import nervebox
+from aged import age
 from nervebox import Case, WORKFLOWS, command, ctl, ended, sh, start, wait_for
 
 ROOT = pathlib.Path("/srv/workspaces")
@@ -295,6 +296,13 @@ class Terminal(Case):
                 self.assertIn("nervectl workflow kill", said)
                 gate.write_text("go\n")
                 self.assertEqual(ended(run)["exitCode"], 0)
+
+    def test_a_run_whose_events_are_archived_is_followed_to_its_end(self):
+        start("say-hostile-things", "of old", "--key", "once", wait=True)
+        age(40)
+        ctl("store", "archive")
+        again = ctl("workflow", "start", "say-hostile-things", "-p", "of old", "--key", "once", "-f", check=1)
+        self.assertIn("--- round 1: first (ok)", again.stdout)
 
     def test_a_rehearsal_is_marked_wherever_it_is_shown(self):
         run = ctl("workflow", "start", "say-hostile-things", "--dry-run").stdout.strip()
