@@ -46,6 +46,11 @@ const CREDSTORE: &str = "/etc/credstore";
 
 /// Executes a definition to the end of one run, shows its rounds, and exits with the run's exit code.
 pub(super) async fn try_out(settings: &Settings, arguments: &Try) -> Result<u8, Failure> {
+    let run_id = RunId::from_bits(Uuid::now_v7().as_u128());
+    // Nobody can tell it before it is there, and have it first.
+    let place = format!("nerve-try-{}", run_id.short());
+    // Before anything is read: who does it all again in a scope would find nothing more on stdin.
+    let own = own_cgroup(&place)?;
     let (name, bytes) = input::definition(&arguments.file)?;
     let prompt = input::prompt(&arguments.prompt)?;
     let stem = arguments
@@ -58,7 +63,7 @@ pub(super) async fn try_out(settings: &Settings, arguments: &Try) -> Result<u8, 
         return Ok(BROKEN);
     };
     let mut interrupts = interrupts()?;
-    let place = Place::new()?;
+    let place = Place::new(own, &place)?;
     let known = known(settings, &arguments.file);
     let max_rounds = arguments
         .max_rounds
@@ -66,7 +71,7 @@ pub(super) async fn try_out(settings: &Settings, arguments: &Try) -> Result<u8, 
         .or(known.max_rounds);
     let timeout = definition.workflow.timeout;
     let run = Assignment {
-        run_id: RunId::from_bits(Uuid::now_v7().as_u128()),
+        run_id,
         attempt: 1,
         prompt,
         max_rounds: max_rounds.unwrap_or(limits::DEFAULT_MAX_ROUNDS),
@@ -260,24 +265,24 @@ struct Place {
 }
 
 impl Place {
-    fn new() -> Result<Self, Failure> {
-        let id = std::process::id();
-        let own = Cgroup::at(&cgroup::of_process(id).map_err(cannot)?);
-        let cgroup = own.child(&format!("nerve-try-{id}"));
-        match cgroup.create() {
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                return Err(in_scope());
-            }
-            made => made.map_err(cannot)?,
+    fn new(own: Cgroup, name: &str) -> Result<Self, Failure> {
+        let cgroup = own.child(name);
+        cgroup.create().map_err(cannot)?;
+        let directory = env::temp_dir().join(name);
+        if let Err(error) = DirBuilder::new().mode(0o700).create(&directory) {
+            // It is empty; that it stays would harm nobody.
+            let _ = cgroup.remove();
+            let directory = directory.display().to_string();
+            return Err(Failure::Internal(format!(
+                "cannot make {}: {error}; set TMPDIR to a directory that you may write to",
+                line(&directory)
+            )));
         }
-        let directory = env::temp_dir().join(format!("nerve-try-{id}"));
-        let made = DirBuilder::new().mode(0o700).create(&directory);
-        let place = Self {
+        Ok(Self {
             directory,
             own,
             cgroup,
-        };
-        made.map(|()| place).map_err(cannot)
+        })
     }
 
     /// The exit code and the result of a run.
@@ -351,6 +356,16 @@ impl Place {
         let child = command.spawn();
         self.own.adopt(id).map_err(cannot)?;
         child.map_err(cannot)
+    }
+}
+
+/// The cgroup that this process is in, once there may be one of this name below it.
+fn own_cgroup(name: &str) -> Result<Cgroup, Failure> {
+    let own = Cgroup::at(&cgroup::of_process(std::process::id()).map_err(cannot)?);
+    let probe = own.child(name);
+    match probe.create().and_then(|()| probe.remove()) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(in_scope()),
+        made => made.map(|()| own).map_err(cannot),
     }
 }
 

@@ -212,6 +212,20 @@ for round in range(1, 100):
         nobody = sh("runuser", "-u", "nobody", "--", "nervectl", "workflow", "try", file, check=69)
         self.assertIn("takes root, or a user manager", nobody.stderr)
 
+    def test_a_user_has_a_scope_and_stdin(self):
+        sh("useradd", "--create-home", "tester-of-trials")
+        self.addCleanup(sh, "userdel", "--remove", "--force", "tester-of-trials", check=False)
+        uid = sh("id", "-u", "tester-of-trials").stdout.strip()
+        self.addCleanup(nervebox.systemctl, "stop", f"user@{uid}.service")
+        nervebox.systemctl("start", f"user@{uid}.service")
+        file = self.write(yaml("inner"))
+        as_user = ["runuser", "-u", "tester-of-trials", "--", "env", f"XDG_RUNTIME_DIR=/run/user/{uid}",
+                   "nervectl", "workflow", "try"]
+        self.assertIn("\nfrom stdin\n", sh(*as_user, file, "--prompt-file", "-", input="from stdin\n").stdout)
+        done = sh(*as_user, "-", input=file.read_text())
+        self.assertIn("--- round 1: first (ok)", done.stdout)
+        self.assert_nothing_left()
+
     def test_a_worker_that_does_not_heed_ctrl_c_is_killed(self):
         (ROOT / "deaf.py").write_text(DEAF)
         file = self.write(f"version: 1\nname: inner\nworker:\n  exec: [/usr/bin/python3, {ROOT}/deaf.py, {ROOT}]\n")
