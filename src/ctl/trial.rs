@@ -13,8 +13,10 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines};
+use tokio::io::{AsyncWriteExt as _, BufReader};
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
@@ -33,7 +35,7 @@ use crate::model::name::RunId;
 use crate::model::workflow::Definition;
 use crate::os::cgroup::{self, Cgroup};
 use crate::worker::own;
-use crate::worker::protocol::{self, Assignment, ToManager, ToWorker, VERSION};
+use crate::worker::protocol::{self, Assignment, FrameError, ToManager, ToWorker, VERSION};
 
 /// Exit status for a definition that is wrong.
 const BROKEN: u8 = 65;
@@ -114,10 +116,21 @@ fn known(settings: &Settings, file: &Path) -> settings::Settings {
     }
 }
 
+/// Reads what the worker says until the connection ends.
+async fn read(stream: OwnedReadHalf, frames: mpsc::Sender<Result<ToManager, FrameError>>) {
+    let (mut reader, mut line) = (BufReader::new(stream), Vec::new());
+    while let Some(frame) = protocol::read(&mut reader, &mut line).await.transpose() {
+        let is_last = frame.is_err();
+        if frames.send(frame).await.is_err() || is_last {
+            return;
+        }
+    }
+}
+
 /// What nerved would say to the worker, and be told.
 struct Conversation {
-    lines: Lines<BufReader<tokio::net::unix::OwnedReadHalf>>,
-    writer: tokio::net::unix::OwnedWriteHalf,
+    frames: mpsc::Receiver<Result<ToManager, FrameError>>,
+    writer: OwnedWriteHalf,
     assignment: Assignment,
     /// When the last round was done.
     since: u64,
@@ -126,8 +139,10 @@ struct Conversation {
 impl Conversation {
     fn new(stream: UnixStream, assignment: Assignment) -> Self {
         let (reader, writer) = stream.into_split();
+        let (frame, frames) = mpsc::channel(1);
+        tokio::spawn(read(reader, frame));
         Self {
-            lines: BufReader::new(reader).lines(),
+            frames,
             writer,
             assignment,
             since: now(),
@@ -152,43 +167,41 @@ impl Conversation {
             if patience.is_zero() {
                 return kill();
             }
-            let read = timeout(patience, self.lines.next_line());
-            let text = match interrupts.or(read).await {
-                Ok(Ok(text)) => text.map_err(cannot)?.ok_or_else(|| {
-                    Failure::Internal("the worker went down under the run".to_owned())
-                })?,
+            let next = timeout(patience, self.frames.recv());
+            let frame = match interrupts.or(next).await {
+                Ok(Ok(Some(frame))) => frame.map_err(|error| refused(&error.to_string()))?,
+                Ok(Ok(None)) => {
+                    let text = "the worker went down under the run".to_owned();
+                    return Err(Failure::Internal(text));
+                }
                 Err(_) if confirmed_by.is_none() => {
                     let grace = limits::DEFAULT_GRACE;
                     confirmed_by = Some(Instant::now() + grace + limits::KILL_CONFIRM);
                     let grace_ms = millis(grace);
-                    self.say(&ToWorker::KillThread { run_id, grace_ms }).await?;
+                    self.say(&ToWorker::KillThread { run_id, grace_ms }).await;
                     continue;
                 }
                 Ok(Err(_)) | Err(_) => return kill(),
             };
-            let frame = serde_json::from_str(&text).map_err(|error| {
-                Failure::Internal(format!("the worker says what is no frame: {error}"))
-            })?;
             let answer = match frame {
                 ToManager::Ready { workflow, .. } => {
                     self.say(&ToWorker::Welcome {
                         protocol: VERSION,
                         workflow,
                     })
-                    .await?;
+                    .await;
                     // It can be longer than what fits into the socket of a worker that does not read.
                     let start = ToWorker::StartThread(self.assignment.clone());
-                    match interrupts.or(self.say(&start)).await {
-                        Ok(said) => said?,
-                        Err(_) => return kill(),
+                    if interrupts.or(self.say(&start)).await.is_err() {
+                        return kill();
                     }
                     continue;
                 }
                 ToManager::ThreadWorkflowMessage { round, message, .. } => {
                     let most = self.assignment.max_rounds;
                     if round > most {
-                        return Err(Failure::Internal(format!(
-                            "the worker executed round {round} of a run that may have {most}, for which nerved ends a worker; \
+                        return Err(refused(&format!(
+                            "round {round} of a run that may have {most}; \
                              let it end the run with max-rounds, or raise max_rounds"
                         )));
                     }
@@ -210,13 +223,22 @@ impl Conversation {
                 }
                 ToManager::ThreadRoute { round, .. } => ToWorker::RouteAck { run_id, round },
                 ToManager::ThreadEvent {
+                    event_type,
                     exit_code,
                     result,
                     detail,
                     ..
                 } => {
-                    self.say(&ToWorker::EventAck { run_id }).await?;
-                    self.say(&ToWorker::Shutdown { timeout_ms: 0 }).await?;
+                    let (status, code) = result.end();
+                    if code != exit_code || json!(event_type) != status.as_str() {
+                        let said = json!(event_type);
+                        return Err(refused(&format!(
+                            "a thread-event of {said} with exitCode {exit_code} and the result \"{result}\"; \
+                             that result takes \"{status}\" with {code}"
+                        )));
+                    }
+                    self.say(&ToWorker::EventAck { run_id }).await;
+                    self.say(&ToWorker::Shutdown { timeout_ms: 0 }).await;
                     let detail = detail.map(|detail| format!(", {detail}"));
                     let result = format!("{result}{}", detail.unwrap_or_default());
                     return Ok((exit_code, result));
@@ -226,18 +248,24 @@ impl Conversation {
                     continue;
                 }
             };
-            self.say(&answer).await?;
+            self.say(&answer).await;
         }
     }
 
-    async fn say(&mut self, frame: &ToWorker) -> Result<(), Failure> {
+    async fn say(&mut self, frame: &ToWorker) {
         let mut bytes = Vec::new();
         protocol::append(&mut bytes, frame);
-        self.writer.write_all(&bytes).await.map_err(cannot)
+        // A connection that broke ends by its reader, which may have more to hand on.
+        let _ = self.writer.write_all(&bytes).await;
     }
 
     /// A round, or an attempt of one that failed.
     fn show(&mut self, round: u32, attempt: Option<u32>, said: Message) -> Result<(), Failure> {
+        if let Some(excess) = said.excess() {
+            return Err(refused(&format!(
+                "round {round} that is more than a message may be: {excess}"
+            )));
+        }
         let round = Round {
             round,
             role: said.role,
@@ -421,6 +449,13 @@ fn worker_path() -> Result<PathBuf, Failure> {
                 "there is no nerve-worker, neither {first} nor {second}; install nerve"
             ))
         })
+}
+
+/// The worker says what nerved would end the connection for.
+fn refused(what: &str) -> Failure {
+    Failure::Internal(format!(
+        "nerved would not take this from the worker: {what}"
+    ))
 }
 
 fn millis(time: Duration) -> u64 {

@@ -182,7 +182,7 @@ class Try(Case):
         own = sh("env", f"CREDENTIALS_DIRECTORY={ROOT}", "nervectl", "workflow", "try", file).stdout
         self.assertIn("\n7\n", own)
 
-    def test_max_rounds_binds_a_worker_of_ones_own(self):
+    def own_worker(self, what_it_does):
         worker = ROOT / "worker.py"
         worker.write_text("""#!/usr/bin/env python3
 import json, os, socket
@@ -191,19 +191,41 @@ stream.connect(os.environ["NERVE_SOCKET"])
 frames = stream.makefile("rw")
 def say(**frame):
     print(json.dumps(frame), file=frames, flush=True)
+def ask(**frame):
+    say(**frame)
     return json.loads(frames.readline())
-say(type="ready", protocol=1, workflow="inner", runs=[])
+ask(type="ready", protocol=1, workflow="inner", runs=[])
 run = json.loads(frames.readline())["runId"]
-for round in range(1, 100):
-    message = {"role": "mine", "content": "", "meta": {"status": "ok"}, "timestamp": 1}
-    say(type="thread-workflow-message", runId=run, round=round, message=message)
-""")
+message = {"role": "mine", "content": "", "meta": {"status": "ok"}, "timestamp": 1}
+""" + what_it_does)
         worker.chmod(0o755)
-        file = self.write(f"version: 1\nname: inner\nmax_rounds: 2\nworker: {{exec: [{worker}]}}\n")
+        return self.write(f"version: 1\nname: inner\nmax_rounds: 2\nworker: {{exec: [{worker}]}}\n")
+
+    def test_max_rounds_binds_a_worker_of_ones_own(self):
+        file = self.own_worker("""
+for round in range(1, 100):
+    ask(type="thread-workflow-message", runId=run, round=round, message=message)
+""")
         done = ctl("workflow", "try", file, check=70)
         self.assertEqual(re.findall(r"round \d+", done.stdout), ["round 1", "round 2"])
         self.assertIn("round 3 of a run that may have 2", done.stderr)
         self.assert_nothing_left()
+
+    def test_what_nerved_does_not_take_a_trial_does_not_take(self):
+        for does, said in (
+                ("frames.write('x' * 9_000_000)", "longer than 8388608 bytes"),
+                ("ask(type='thread-workflow-message', runId=run, round=1, message=message | {'content': 'x' * 2_000_000})",
+                 "its content has 2000000 bytes"),
+                ("ask(type='thread-event', runId=run, eventType='completed', exitCode=3, result='success')",
+                 '"completed" with exitCode 3 and the result "success"; that result takes "completed" with 0')):
+            done = ctl("workflow", "try", self.own_worker(does), check=70)
+            self.assertIn(said, done.stderr)
+            self.assert_nothing_left()
+
+    def test_a_worker_need_not_wait_for_the_acknowledgement_of_the_end(self):
+        ends = "say(type='thread-event', runId=run, eventType='failed', exitCode=2, result='max-rounds')\nstream.close()\n"
+        for _ in range(10):
+            self.assertIn("max-rounds", ctl("workflow", "try", self.own_worker(ends), check=2).stderr)
 
     def test_attempts_are_no_rounds_and_who_has_no_manager_is_told(self):
         file = self.write(yaml("inner", "[sh, -c, 'exit 3']", "    retry: {attempts: 2, backoff: 1ms}\n"))
