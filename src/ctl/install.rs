@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::{self, Read as _};
+use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
@@ -45,10 +46,13 @@ pub(super) async fn install(settings: &Settings, arguments: &Install) -> Result<
         }
         return Ok(BROKEN);
     }
-    if arguments.dry_run || plan.changes.is_empty() {
+    if arguments.dry_run {
         return Ok(0);
     }
     plan.perform(root)?;
+    if plan.changes.is_empty() {
+        return Ok(0);
+    }
     match control::reload(settings).await {
         Err(Failure::Call(CallError::NoManager | CallError::NoBus(_))) => {
             note("nerve is not running; it takes what is installed when it starts");
@@ -161,6 +165,8 @@ struct Plan {
     /// What is the workspace's before, and after.
     owned: BTreeSet<PathBuf>,
     wanted: BTreeSet<PathBuf>,
+    /// What stays of the manifests of other workspaces whose files become this one's.
+    others: Vec<(PathBuf, BTreeSet<PathBuf>)>,
     /// Why files that are to change are not the workspace's.
     strangers: Vec<String>,
 }
@@ -182,10 +188,7 @@ impl Plan {
         let (mut changes, mut strangers) = (Vec::new(), Vec::new());
         for (target, new) in there.chain(gone) {
             let path = root.join(target);
-            let old = match fs::read(&path) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-                old => Some(old.map_err(|error| unreadable(&path, &error))?),
-            };
+            let old = installed(&path).map_err(|error| unreadable(&path, &error))?;
             if old.as_ref() == new {
                 continue;
             }
@@ -203,6 +206,7 @@ impl Plan {
             });
         }
         Ok(Self {
+            others: robbed(root, &manifest, &wanted)?,
             changes,
             manifest,
             owned,
@@ -232,7 +236,12 @@ impl Plan {
     }
 
     fn perform(&self, root: &Path) -> Result<(), Failure> {
-        self.own(self.owned.union(&self.wanted))?;
+        if !self.wanted.is_subset(&self.owned) {
+            write_manifest(&self.manifest, self.owned.union(&self.wanted))?;
+        }
+        for (manifest, rest) in &self.others {
+            write_manifest(manifest, rest)?;
+        }
         for change in &self.changes {
             let path = root.join(&change.target);
             let done = match &change.new {
@@ -244,22 +253,64 @@ impl Plan {
             };
             done.map_err(|error| unwritable(&path, &error))?;
         }
-        self.own(self.wanted.iter())
-    }
-
-    fn own<'a>(&self, files: impl Iterator<Item = &'a PathBuf>) -> Result<(), Failure> {
-        let mut text = String::new();
-        for file in files {
-            let _ = writeln!(text, "{}", file.display());
+        if self.wanted.is_superset(&self.owned) {
+            return Ok(());
         }
-        disk::replace(&self.manifest, text.as_bytes())
-            .map_err(|error| unwritable(&self.manifest, &error))
+        write_manifest(&self.manifest, &self.wanted)
     }
+}
+
+/// What is there of a file; of a link that leads nowhere, where that is.
+fn installed(path: &Path) -> io::Result<Option<Vec<u8>>> {
+    let nothing_is_none = |error: io::Error| match error.kind() {
+        io::ErrorKind::NotFound => Ok(None),
+        _ => Err(error),
+    };
+    if let Some(bytes) = fs::read(path).map(Some).or_else(nothing_is_none)? {
+        return Ok(Some(bytes));
+    }
+    let link = fs::read_link(path).map(|to| Some(to.into_os_string().into_vec()));
+    link.or_else(nothing_is_none)
 }
 
 /// Where it is written down which files are whose: a file for each workspace, a path on each line.
 fn manifests(root: &Path) -> PathBuf {
     root.join("workspaces")
+}
+
+/// The other manifests that have any of these files, and what they have besides.
+fn robbed(
+    root: &Path,
+    manifest: &Path,
+    files: &BTreeSet<PathBuf>,
+) -> Result<Vec<(PathBuf, BTreeSet<PathBuf>)>, Failure> {
+    let folder = manifests(root);
+    let listed = match fs::read_dir(&folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.and_then(|entries| {
+            let paths = entries.map(|entry| Ok(entry?.path()));
+            paths.collect::<io::Result<Vec<_>>>()
+        }),
+    };
+    let mut robbed = Vec::new();
+    for other in listed.map_err(|error| unreadable(&folder, &error))? {
+        let owned = owned_by(&other)?;
+        if other != manifest && !owned.is_disjoint(files) {
+            robbed.push((other, &owned - files));
+        }
+    }
+    Ok(robbed)
+}
+
+fn write_manifest<'a>(
+    path: &Path,
+    files: impl IntoIterator<Item = &'a PathBuf>,
+) -> Result<(), Failure> {
+    let mut text = String::new();
+    for file in files {
+        let _ = writeln!(text, "{}", file.display());
+    }
+    disk::replace(path, text.as_bytes()).map_err(|error| unwritable(path, &error))
 }
 
 /// The files of a workspace that was installed before. Only root writes there; still, nothing outside is ever removed.
@@ -352,7 +403,11 @@ mod tests {
         }
 
         fn plan(&self) -> Plan {
-            let workspace = Workspace::read(&self.workspace()).unwrap();
+            self.plan_of("work")
+        }
+
+        fn plan_of(&self, name: &str) -> Plan {
+            let workspace = Workspace::read(&self.directory.path().join(name)).unwrap();
             assert!(workspace.is_right());
             Plan::of(&workspace, &self.root()).unwrap()
         }
@@ -403,7 +458,7 @@ mod tests {
         let place = Place::new(&["do-this", "do-that"]);
         let plan = place.plan();
         // As far as the first file.
-        plan.own(plan.wanted.iter()).unwrap();
+        write_manifest(&plan.manifest, &plan.wanted).unwrap();
         make_directory(&place.root().join("workflows")).unwrap();
         let first = &plan.changes[0];
         disk::replace(
@@ -432,6 +487,42 @@ mod tests {
         // The same is no matter.
         fs::write(&path, definition("do-this")).unwrap();
         assert_eq!(place.plan().strangers, [""; 0]);
+    }
+
+    #[test]
+    fn what_is_gone_without_an_installation_is_the_workspaces_no_more() {
+        let place = Place::new(&["do-this", "do-that"]);
+        place.plan().perform(&place.root()).unwrap();
+        let installed = place.root().join("workflows/do-that.yaml");
+        fs::remove_file(&installed).unwrap();
+        fs::remove_file(place.workspace().join("workflows/do-that.yaml")).unwrap();
+        let plan = place.plan();
+        assert_eq!(plan.shown(&place.root()), "Nothing changes.\n");
+        plan.perform(&place.root()).unwrap();
+        fs::write(&installed, "by hand").unwrap();
+        place.plan().perform(&place.root()).unwrap();
+        assert_eq!(fs::read(&installed).unwrap(), b"by hand");
+    }
+
+    #[test]
+    fn what_another_workspace_takes_over_is_its_own() {
+        let place = Place::new(&["do-this", "do-that"]);
+        place.plan().perform(&place.root()).unwrap();
+        let (file, other) = (
+            "workflows/do-this.yaml",
+            place.directory.path().join("other"),
+        );
+        fs::create_dir_all(other.join("workflows")).unwrap();
+        let text = definition("do-this").replace("cat", "tac");
+        fs::write(other.join(file), &text).unwrap();
+        let plan = place.plan_of("other");
+        assert_eq!(plan.strangers.len(), 1);
+        plan.perform(&place.root()).unwrap();
+        assert_eq!(place.plan().strangers.len(), 1);
+        fs::remove_file(place.workspace().join(file)).unwrap();
+        place.plan().perform(&place.root()).unwrap();
+        assert_eq!(place.installed(), ["do-that.yaml", "do-this.yaml"]);
+        assert_eq!(fs::read_to_string(place.root().join(file)).unwrap(), text);
     }
 
     #[test]
