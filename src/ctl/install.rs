@@ -3,19 +3,23 @@
 //! in between, the next installation knows what is its own and removes no other.
 
 use std::collections::BTreeSet;
-use std::fmt::Write as _;
+use std::ffi::OsString;
+use std::fmt::{Display, Write as _};
 use std::fs::{self, File};
 use std::io::{self, Read as _};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{CWD, Dir, DirEntry, Mode, OFlags};
+use rustix::io::Errno;
 
 use super::cli::Install;
 use super::text::line;
 use super::{Failure, Settings, control, difference, note, print, validate};
 use crate::bus::error::CallError;
+use crate::config::diagnostic::{Diagnostic, Severity};
 use crate::config::{definition, settings};
 use crate::model::limits;
 use crate::model::name::WorkflowName;
@@ -77,37 +81,26 @@ impl Workspace {
                 "the directory's name is the workspace's, and {error}; rename the directory"
             ))
         })?;
+        // Whoever may write there may put another in the place of what has been looked at: each is opened once.
+        let workspace = open_directory(CWD, &path).map_err(|error| unreadable(&path, &error))?;
         let mut files = Vec::new();
         let own = path.join("nerve.yaml");
-        if fs::symlink_metadata(&own).is_ok() {
+        if let Some(bytes) = read(&workspace, &own).map_err(|error| unreadable(&own, &error))? {
             let target = Path::new("nerve.yaml.d").join(format!("50-{name}.yaml"));
-            files.push((target, own));
+            files.push((target, own, bytes));
         }
         let folder = path.join("workflows");
-        let listed = fs::symlink_metadata(&folder).and_then(|found| {
-            if found.is_symlink() {
-                return Err(io::Error::other(
-                    "it is a symbolic link; replace it by a directory",
-                ));
-            }
-            fs::read_dir(&folder)?
-                .map(|entry| Ok(entry?.file_name()))
-                .collect::<io::Result<BTreeSet<_>>>()
-        });
-        for name in listed.map_err(|error| unreadable(&folder, &error))? {
+        let unlisted = |error: io::Error| unreadable(&folder, &error);
+        let workflows = open_directory(&workspace, Path::new("workflows")).map_err(unlisted)?;
+        for name in names(&workflows).map_err(unlisted)? {
             let shown = name.to_string_lossy();
-            if shown.ends_with(".yaml") && !shown.starts_with('.') {
-                files.push((Path::new("workflows").join(&name), folder.join(&name)));
+            if !shown.ends_with(".yaml") || shown.starts_with('.') {
+                continue;
             }
+            let source = folder.join(&name);
+            let read = read(&workflows, &source).map_err(|error| unreadable(&source, &error))?;
+            files.extend(read.map(|bytes| (Path::new("workflows").join(&name), source, bytes)));
         }
-        let read = |(target, source): (PathBuf, PathBuf)| {
-            let bytes = read(&source).map_err(|error| unreadable(&source, &error))?;
-            Ok((target, source, bytes))
-        };
-        let files = files
-            .into_iter()
-            .map(read)
-            .collect::<Result<_, Failure>>()?;
         Ok(Self { name, files })
     }
 
@@ -115,14 +108,18 @@ impl Workspace {
     fn is_right(&self) -> bool {
         let faults = |(target, source, bytes): &(PathBuf, PathBuf, Vec<u8>)| {
             let shown = source.display().to_string();
+            let stem = source.file_stem().unwrap_or_default().to_string_lossy();
             if !target.starts_with("workflows") {
                 settings::parse(&shown, bytes).1
             } else if bytes.is_empty() {
                 // It hides another one of its name.
-                Vec::new()
+                let fault = stem.parse::<WorkflowName>().err();
+                fault
+                    .map(|fault| misnamed(&shown, &fault))
+                    .into_iter()
+                    .collect()
             } else {
-                let stem = source.file_stem().map(|stem| stem.to_string_lossy());
-                definition::parse(&shown, stem.as_deref(), bytes).diagnostics
+                definition::parse(&shown, Some(&stem), bytes).diagnostics
             }
         };
         let files = self.files.iter();
@@ -130,15 +127,54 @@ impl Workspace {
     }
 }
 
-/// A regular file, not one that a link leads to: root is not to be made to read what is somebody else's.
-fn read(path: &Path) -> io::Result<Vec<u8>> {
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|error| match error {
-        rustix::io::Errno::LOOP => {
-            io::Error::other("it is a symbolic link; replace it by the file")
+/// An empty file whose name is that of no workflow.
+fn misnamed(path: &str, fault: &impl Display) -> Diagnostic {
+    Diagnostic {
+        severity: Severity::Error,
+        path: path.to_owned(),
+        line: 1,
+        column: 1,
+        end_column: 1,
+        message: format!("the file is named after no workflow: {fault}"),
+        help: Some("rename or remove the file".to_owned()),
+        count: 1,
+    }
+}
+
+/// A directory, not one that a link leads to.
+fn open_directory(at: impl AsFd, path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat(at, path, flags, Mode::empty()).map_err(|error| match error {
+        Errno::LOOP | Errno::NOTDIR => {
+            io::Error::other("it is a symbolic link or a file; replace it by a directory")
         }
         error => error.into(),
-    })?;
+    })
+}
+
+/// What a directory has, in order.
+fn names(directory: &OwnedFd) -> io::Result<BTreeSet<OsString>> {
+    let entries = Dir::read_from(directory)?;
+    let name = |entry: rustix::io::Result<DirEntry>| {
+        Ok(OsString::from_vec(entry?.file_name().to_bytes().to_vec()))
+    };
+    entries.map(name).collect()
+}
+
+/// A regular file of a directory, by its name alone; not one that a link leads to: root is not to be made to read what is
+/// somebody else's. None when there is no such file.
+fn read(directory: &OwnedFd, path: &Path) -> io::Result<Option<Vec<u8>>> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let name = path.file_name().unwrap_or_default();
+    let file = match rustix::fs::openat(directory, name, flags, Mode::empty()) {
+        Ok(file) => file,
+        Err(Errno::NOENT) => return Ok(None),
+        Err(Errno::LOOP) => {
+            let error = "it is a symbolic link; replace it by the file";
+            return Err(io::Error::other(error));
+        }
+        Err(error) => return Err(error.into()),
+    };
     let file = File::from(file);
     if !file.metadata()?.is_file() {
         return Err(io::Error::other("it is no regular file"));
@@ -147,7 +183,7 @@ fn read(path: &Path) -> io::Result<Vec<u8>> {
     // One byte more than is allowed is told by who reads it as a definition.
     file.take(limits::DEFINITION_BYTES as u64 + 1)
         .read_to_end(&mut bytes)?;
-    Ok(bytes)
+    Ok(Some(bytes))
 }
 
 /// A file below /etc/nerve that is to have other content, or is to go.
@@ -484,6 +520,12 @@ mod tests {
             strangers[0].contains("--force replaces it"),
             "{strangers:?}"
         );
+        fs::remove_file(&path).unwrap();
+        symlink("/nowhere", &path).unwrap();
+        let plan = place.plan();
+        assert_eq!(plan.strangers.len(), 1);
+        assert!(plan.shown(&place.root()).contains("-/nowhere\n"));
+        fs::remove_file(&path).unwrap();
         // The same is no matter.
         fs::write(&path, definition("do-this")).unwrap();
         assert_eq!(place.plan().strangers, [""; 0]);
@@ -550,6 +592,15 @@ mod tests {
         fs::remove_file(link).unwrap();
         place.write("workflows/other.yaml", "version: 1\nname: another\n");
         assert!(!Workspace::read(&place.workspace()).unwrap().is_right());
+        place.write("workflows/other.yaml", "");
+        assert!(Workspace::read(&place.workspace()).unwrap().is_right());
+        place.write("workflows/Odd Name.yaml", "");
+        assert!(!Workspace::read(&place.workspace()).unwrap().is_right());
+        let folder = place.workspace().join("workflows");
+        fs::rename(&folder, place.workspace().join("elsewhere")).unwrap();
+        symlink("elsewhere", folder).unwrap();
+        let said = text(Workspace::read(&place.workspace()).err());
+        assert!(said.contains("workflows: it is a symbolic link"), "{said}");
         let odd = place.directory.path().join("Odd Name");
         fs::create_dir(&odd).unwrap();
         let said = text(Workspace::read(&odd).err());
