@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::fmt::Write;
 
-use unicode_width::{UnicodeWidthChar as _, UnicodeWidthStr as _};
+use unicode_width::UnicodeWidthStr as _;
 
 use super::paper::Paper;
 
@@ -52,17 +52,11 @@ pub(super) fn clip(text: &str, room: usize) -> Cow<'_, str> {
     if columns(text) <= room {
         return Cow::Borrowed(text);
     }
-    let mut clipped = String::new();
-    let mut left = room.saturating_sub(1);
-    for c in text.chars() {
-        match left.checked_sub(c.width().unwrap_or(0)) {
-            Some(rest) => left = rest,
-            None => break,
-        }
-        clipped.push(c);
-    }
-    clipped.push('…');
-    Cow::Owned(clipped)
+    let ends: Vec<usize> = text.char_indices().map(|(at, _)| at).collect();
+    // Of all before it: what follows a character may make that wider.
+    let fitting = ends.partition_point(|end| columns(&text[..*end]) < room);
+    let end = fitting.checked_sub(1).map_or(0, |last| ends[last]);
+    Cow::Owned(format!("{}…", &text[..end]))
 }
 
 /// A table: each column as wide as its widest cell, two spaces between, nothing after the last cell of a line. Columns
@@ -87,7 +81,7 @@ pub(super) fn table(header: &[&str], right: &[&str], rows: &[Vec<String>], paper
         let mut line = String::new();
         for ((cell, width), title) in row.iter().zip(&widths).zip(header) {
             let cell = clip(cell, *width);
-            let space = " ".repeat(width - columns(&cell));
+            let space = " ".repeat(width.saturating_sub(columns(&cell)));
             let cell = match *title {
                 "STATUS" | "WORKER" if index > 0 => paper.tint(&cell),
                 _ => cell.into_owned(),
@@ -227,6 +221,10 @@ mod tests {
         };
         for room in 18..40 {
             assert!(widest(&table(&["NAME", "STATUS"], &[], &rows, plain(room))) <= room);
+        }
+        let hearts = [row(&"❤\u{fe0f}".repeat(20), "completed")];
+        for room in 18..60 {
+            assert!(widest(&table(&["NAME", "STATUS"], &[], &hearts, plain(room))) <= room);
         }
         assert_eq!(clip("日本", 3), "日…");
         assert_eq!(clip("", 0), "");
