@@ -1,7 +1,10 @@
 //! What is wrong with a text, where, and what to do about it: one line each. Made by the modules of `config`, shown by
 //! nervectl, the journal and the bus. No control character of the input gets through.
 
-use std::fmt::{self, Write as _};
+use std::fmt;
+
+use crate::model::text::escape;
+pub(super) use crate::model::text::is_unsafe;
 
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -56,21 +59,7 @@ impl fmt::Display for Diagnostic {
 
 /// The text with its control characters, line breaks and direction marks written as escapes.
 pub(super) fn escaped(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        if is_unsafe(c) {
-            let _ = write!(out, "{}", c.escape_default());
-        } else {
-            out.push(c);
-        }
-    }
-    out
-}
-
-/// Whether a terminal would obey it instead of showing it.
-pub(super) fn is_unsafe(c: char) -> bool {
-    c.is_control()
-        || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    escape(text, is_unsafe).into_owned()
 }
 
 /// A piece of the input for a message: quoted, escaped, at most 80 characters.

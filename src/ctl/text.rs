@@ -6,6 +6,7 @@ use std::fmt::Write;
 use unicode_width::UnicodeWidthStr as _;
 
 use super::paper::Paper;
+use crate::model::text::{escape, is_unsafe};
 
 /// What roles, clients or the other end of the bus wrote, for a terminal: control characters other than line feed and
 /// tab, and what would reorder the line (bidirectional overrides), are escaped.
@@ -18,26 +19,6 @@ pub(super) fn block(text: &str) -> Cow<'_, str> {
 #[must_use]
 pub(super) fn line(text: &str) -> Cow<'_, str> {
     escape(text, is_unsafe)
-}
-
-fn escape(text: &str, is_unsafe: impl Fn(char) -> bool) -> Cow<'_, str> {
-    if !text.contains(&is_unsafe) {
-        return Cow::Borrowed(text);
-    }
-    let mut harmless = String::with_capacity(text.len() + 16);
-    for c in text.chars() {
-        if is_unsafe(c) {
-            harmless.extend(c.escape_default());
-        } else {
-            harmless.push(c);
-        }
-    }
-    Cow::Owned(harmless)
-}
-
-fn is_unsafe(c: char) -> bool {
-    c.is_control()
-        || matches!(c, '\u{061c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 /// Columns of a terminal that a text takes: none for a combining mark, two for most of CJK.
