@@ -8,6 +8,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use serde_json::json;
 
 use super::cli::{Blob, ListFormat};
+use super::input::unreadable;
 use super::{Failure, Settings, note, paper, print, text};
 use crate::model::limits;
 
@@ -27,8 +28,7 @@ pub(super) async fn dispatch(settings: &Settings, command: Blob) -> Result<u8, F
 }
 
 async fn put(settings: &Settings, path: &Path) -> Result<u8, Failure> {
-    let file = open(path)
-        .map_err(|error| Failure::Input(format!("cannot read {}: {error}", path.display())))?;
+    let file = open(path).map_err(|error| unreadable(path, &error))?;
     let client = settings.connect_patiently().await?;
     let (digest, outcome) = client.put_blob(file.into()).await?;
     if outcome == "repaired" {

@@ -4,13 +4,10 @@
 use super::cli::{Abort, Drain, Pause, Reset};
 use super::start::interrupts;
 use super::wait::until_gone;
-use super::{Failure, Settings, input, note};
+use super::{BROKEN, Failure, Settings, input, note};
 use crate::bus::client::Client;
 use crate::bus::error::CallError;
 use crate::model::name::WorkflowName;
-
-/// Exit status for definitions that are broken.
-const BROKEN: u8 = 65;
 
 /// Ends a run when its round is done.
 pub(super) async fn abort(settings: &Settings, arguments: &Abort) -> Result<u8, Failure> {

@@ -1,11 +1,8 @@
 //! `nervectl convert`: a definition of united-workforce as ours, on stdout; what could not be carried over, on stderr.
 
 use super::cli::Convert;
-use super::{Failure, input, print, validate};
+use super::{BROKEN, Failure, input, print, validate};
 use crate::config::convert::{self, Converted};
-
-/// Exit status for what cannot be used as it is.
-const BROKEN: u8 = 65;
 
 pub(super) fn convert(arguments: &Convert) -> Result<u8, Failure> {
     let (name, bytes) = input::definition(&arguments.file)?;

@@ -7,16 +7,15 @@ use std::path::Path;
 use sha2::{Digest as _, Sha256};
 
 use super::cli::Import;
-use super::predecessor::{Old, entries, unreadable};
-use super::{Failure, Settings, note, print};
+use super::input::unreadable;
+use super::predecessor::{Old, entries};
+use super::{BROKEN, Failure, Settings, note, print};
 use crate::bus::client::Client;
 use crate::model::hex::hex;
 use crate::model::predecessor::Piece;
 
 /// What one call sends, about.
 const BATCH_BYTES: usize = 1024 * 1024;
-/// Exit status for bad input.
-const BROKEN: u8 = 65;
 
 /// `nervectl store import`
 pub(super) async fn import(settings: &Settings, arguments: &Import) -> Result<u8, Failure> {

@@ -1,12 +1,14 @@
 //! What people give, checked before anything is asked of nerve: each refusal says what is wrong, where, and what to do.
 
 use std::ffi::OsStr;
+use std::fmt::Display;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
 use super::Failure;
 use super::cli::Prompt;
+use super::text::line;
 use crate::bus::client::check_key;
 use crate::model::limits;
 use crate::model::name::{RunTail, WorkflowName};
@@ -75,7 +77,7 @@ pub(super) fn prompt(arguments: &Prompt) -> Result<String, Failure> {
         (Some(text), _) => ("the prompt".to_owned(), text.as_encoded_bytes().to_vec()),
         (None, Some(path)) if path.as_os_str() == "-" => (
             "the prompt on stdin".to_owned(),
-            read(io::stdin().lock(), "stdin")?,
+            read(io::stdin().lock(), Path::new("stdin"))?,
         ),
         (None, Some(path)) => (
             format!("the prompt in {}", path.display()),
@@ -102,7 +104,9 @@ pub(super) fn prompt(arguments: &Prompt) -> Result<String, Failure> {
 pub(super) fn definition(path: &Path) -> Result<(String, Vec<u8>), Failure> {
     let name = path.display().to_string();
     if name == "-" {
-        return Ok(("stdin".to_owned(), read(io::stdin().lock(), "stdin")?));
+        let name = "stdin";
+        let bytes = read(io::stdin().lock(), Path::new(name))?;
+        return Ok((name.to_owned(), bytes));
     }
     let bytes = read_file(path)?;
     Ok((name, bytes))
@@ -118,24 +122,24 @@ fn utf8(what: &str, bytes: Vec<u8>) -> Result<String, Failure> {
 }
 
 fn read_file(path: &Path) -> Result<Vec<u8>, Failure> {
-    let file =
-        File::open(path).map_err(|error| cannot_read(&path.display().to_string(), &error))?;
-    read(file, &path.display().to_string())
+    let file = File::open(path).map_err(|error| unreadable(path, &error))?;
+    read(file, path)
 }
 
 /// Reads one byte more than is allowed, never all of what may be without end.
-fn read(source: impl Read, name: &str) -> Result<Vec<u8>, Failure> {
+fn read(source: impl Read, path: &Path) -> Result<Vec<u8>, Failure> {
     let mut bytes = Vec::new();
     source
         .take(limits::PROMPT_BYTES as u64 + 1)
         .read_to_end(&mut bytes)
-        .map_err(|error| cannot_read(name, &error))?;
+        .map_err(|error| unreadable(path, &error))?;
     Ok(bytes)
 }
 
 /// A file that cannot be read is bad input, whatever the reason.
-fn cannot_read(name: &str, error: &io::Error) -> Failure {
-    Failure::Input(format!("cannot read {name}: {error}"))
+pub(super) fn unreadable(path: &Path, error: &dyn Display) -> Failure {
+    let path = path.display().to_string();
+    Failure::Input(format!("cannot read {}: {error}", line(&path)))
 }
 
 #[cfg(test)]

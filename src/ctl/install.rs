@@ -16,17 +16,15 @@ use rustix::fs::{CWD, Dir, DirEntry, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::cli::Install;
+use super::input::unreadable;
 use super::text::line;
-use super::{Failure, Settings, control, difference, note, print, validate};
+use super::{BROKEN, Failure, Settings, control, difference, note, print, validate};
 use crate::bus::error::CallError;
 use crate::config::diagnostic::{Diagnostic, Severity};
 use crate::config::{definition, settings};
 use crate::model::limits;
 use crate::model::name::WorkflowName;
 use crate::os::disk;
-
-/// Exit status for a workspace that cannot be installed.
-const BROKEN: u8 = 65;
 
 /// Shows what changes, and changes it.
 pub(super) async fn install(settings: &Settings, arguments: &Install) -> Result<u8, Failure> {
@@ -382,11 +380,6 @@ fn make_directory(path: &Path) -> io::Result<()> {
     path.parent().map_or(Ok(()), make_directory)?;
     fs::DirBuilder::new().mode(0o755).create(path)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o755))
-}
-
-fn unreadable(path: &Path, error: &io::Error) -> Failure {
-    let path = path.display().to_string();
-    Failure::Input(format!("cannot read {}: {error}", line(&path)))
 }
 
 fn unwritable(path: &Path, error: &io::Error) -> Failure {

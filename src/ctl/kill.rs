@@ -1,6 +1,7 @@
 //! `nervectl workflow kill`
 
 use super::cli::Kill;
+use super::control::unknown;
 use super::start::interrupts;
 use super::wait::until_ended;
 use super::{Failure, Settings, complain, input, now, render};
@@ -100,10 +101,10 @@ async fn request(
             Ok(run) => Err(Failure::AlreadyEnded(render::already_ended(&run, now()))),
             Err(_) => Err(Failure::AlreadyEnded(text)),
         },
-        Err(CallError::Lost(cause)) => Err(Failure::Unknown(format!(
-            "the answer is unknown: {cause}; `nervectl workflow show {tail}` tells, and killing it again does no harm"
-        ))),
-        Err(error) => Err(error.into()),
+        Err(error) => Err(unknown(
+            error,
+            &format!("`nervectl workflow show {tail}` tells, and killing it again does no harm"),
+        )),
     }
 }
 

@@ -45,6 +45,8 @@ use cli::{Cli, Command, Workflow};
 
 /// Exit status of a command line that makes no sense.
 const USAGE: u8 = 64;
+/// Exit status when what was given, or what was looked at, is not as it should be.
+const BROKEN: u8 = 65;
 
 /// Where things are.
 #[derive(Debug, Clone)]
@@ -122,8 +124,8 @@ enum Failure {
 impl Failure {
     fn status(&self) -> u8 {
         match self {
-            Self::Usage(_) => 64,
-            Self::Input(_) => 65,
+            Self::Usage(_) => USAGE,
+            Self::Input(_) => BROKEN,
             Self::Call(error) => error.exit_status(),
             Self::AlreadyEnded(_) => 68,
             Self::Unavailable(_) => 69,

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _, params};
 
+use super::input::unreadable;
 use super::{Failure, note};
 use crate::model::hex::hex;
 use crate::model::predecessor::{OldRun, Row, Survey};
@@ -459,10 +460,6 @@ pub(super) fn entries(directory: &Path) -> Result<Vec<PathBuf>, Failure> {
     let mut paths = read.map_err(|error| unreadable(directory, &error))?;
     paths.sort();
     Ok(paths)
-}
-
-pub(super) fn unreadable(path: &Path, error: &dyn Display) -> Failure {
-    Failure::Input(format!("cannot read {}: {error}", path.display()))
 }
 
 #[cfg(test)]

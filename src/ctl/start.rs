@@ -3,11 +3,11 @@
 use std::io;
 
 use super::cli::Start;
+use super::control::unknown;
 use super::text::line;
 use super::wait::{Interrupts, until_ended};
 use super::{Failure, Settings, follow, input, note, now, print, render};
 use crate::bus::client::{Client, Run, StartOptions, Started};
-use crate::bus::error::CallError;
 use crate::model::name::RunId;
 use crate::model::status::Status;
 
@@ -19,7 +19,10 @@ pub(super) async fn start(settings: &Settings, arguments: &Start) -> Result<u8, 
     let workflow = input::workflow(&arguments.workflow)?;
     let prompt = input::prompt(&arguments.prompt)?;
     let key = input::key(arguments.key.as_deref())?;
-    let is_idempotent = key.is_some();
+    let what_to_do = match key {
+        Some(_) => "starting it again with the same key does no harm".to_owned(),
+        None => format!("look with `nervectl workflow list {workflow}` before you start it again"),
+    };
     let client = settings.connect().await?;
     let options = StartOptions {
         max_rounds: arguments.max_rounds,
@@ -32,15 +35,7 @@ pub(super) async fn start(settings: &Settings, arguments: &Start) -> Result<u8, 
         run: id,
         dropped,
         warning,
-    } = started.map_err(|error| match error {
-        CallError::Lost(cause) if is_idempotent => Failure::Unknown(format!(
-            "the answer is unknown: {cause}; starting it again with the same key does no harm"
-        )),
-        CallError::Lost(cause) => Failure::Unknown(format!(
-            "the answer is unknown: {cause}; look with `nervectl workflow list {workflow}` before you start it again"
-        )),
-        error => error.into(),
-    })?;
+    } = started.map_err(|error| unknown(error, &what_to_do))?;
     // Before the id is out, so that who reads it may interrupt us at once.
     let interrupts = if arguments.wait || arguments.follow {
         Some(interrupts()?)

@@ -6,10 +6,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use super::cli::{ReportFormat, Store};
-use super::{Failure, Settings, archive, import, print};
-
-/// Exit status when something is wrong with the store.
-const FAULTY: u8 = 65;
+use super::{BROKEN, Failure, Settings, archive, import, print};
 
 pub(super) async fn dispatch(settings: &Settings, command: Store) -> Result<u8, Failure> {
     match command {
@@ -27,7 +24,7 @@ async fn check(settings: &Settings, output: ReportFormat) -> Result<u8, Failure>
         ReportFormat::Json => print(&format!("{:#}\n", serde_json::json!(report)))?,
         ReportFormat::Text => print(&report.to_string())?,
     }
-    Ok(if report.is_clean() { 0 } else { FAULTY })
+    Ok(if report.is_clean() { 0 } else { BROKEN })
 }
 
 /// The file is there, whole and synced, or it is not there.

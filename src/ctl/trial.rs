@@ -25,7 +25,7 @@ use super::paper::Paper;
 use super::start::interrupts;
 use super::text::{line, span};
 use super::wait::Interrupts;
-use super::{Failure, Settings, input, note, now, print, render, validate};
+use super::{BROKEN, Failure, Settings, input, note, now, print, render, validate};
 use crate::bus::client::Round;
 use crate::config::directory::{self, Found, Trust};
 use crate::config::{definition, settings};
@@ -37,8 +37,6 @@ use crate::os::cgroup::{self, Cgroup};
 use crate::worker::own;
 use crate::worker::protocol::{self, Assignment, FrameError, ToManager, ToWorker, VERSION};
 
-/// Exit status for a definition that is wrong.
-const BROKEN: u8 = 65;
 /// Set for who has been given a cgroup of his own already.
 const IN_SCOPE: &str = "NERVE_TRY_SCOPE";
 /// Where a worker finds its credentials.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Write as _};
 use std::mem;
 use std::path::{Path, PathBuf};
 
@@ -10,17 +10,14 @@ use serde_json::json;
 
 use super::cli::{Format, Validate};
 use super::paper::{Ink, Paper};
-use super::{Failure, Settings, print, text};
+use super::{BROKEN, Failure, Settings, input, print, text};
 use crate::config::definition::{self, Parsed};
 use crate::config::diagnostic::{Diagnostic, Severity};
 use crate::config::directory::{self, Found, Trust};
 use crate::config::picture::{Paint, draw};
 use crate::config::settings;
-use crate::model::limits;
 use crate::model::tools::Tools;
 
-/// Exit status for bad input.
-const BROKEN: u8 = 65;
 /// Columns of a picture when nobody says how many there are.
 const COLUMNS: usize = 120;
 
@@ -92,13 +89,8 @@ impl Verdict {
 
     fn add_file(&mut self, path: &Path) -> Result<(), Failure> {
         if path == Path::new("-") {
-            let mut bytes = Vec::new();
-            let most = limits::DEFINITION_BYTES as u64 + 1;
-            let read = io::stdin().lock().take(most).read_to_end(&mut bytes);
-            read.map_err(|error| {
-                Failure::Input(format!("standard input cannot be read: {error}"))
-            })?;
-            self.judge(definition::parse("<stdin>", None, &bytes), &bytes);
+            let (name, bytes) = input::definition(path)?;
+            self.judge(definition::parse(&name, None, &bytes), &bytes);
             return Ok(());
         }
         let shown = path.display().to_string();
