@@ -30,7 +30,8 @@ Exit status:
 /// Start, watch and end durable workflows.
 ///
 /// A workflow is a file, such as /etc/nerve/workflows/NAME.yaml; a run is one execution of it. RUN is a run's id or its
-/// last digits, as many as tell it apart from all others. Only root may use nervectl, but for `validate`.
+/// last digits, as many as tell it apart from all others. Only root may ask nerve; `init`, `validate`, `convert`,
+/// `install --dry-run`, `workflow try`, and `thread` inside a role, ask nobody.
 #[derive(Debug, Parser)]
 #[command(name = "nervectl", version, after_help = EXIT_STATUSES, max_term_width = 120, disable_help_subcommand = true)]
 pub(super) struct Cli {

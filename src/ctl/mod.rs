@@ -1,4 +1,5 @@
-//! nervectl: one function per verb; rendering is pure. Knows the bus's client half and `config`, nothing else of nerve.
+//! nervectl: one function per verb; rendering is pure. Knows the bus's client half, `config`, and of what nerved does only
+//! what is done here without it: the worker's protocol, cgroups, whole files, the lines of the archive.
 //!
 //! Only [`run`] decides the exit status. stdout has what was asked for and nothing else; all else goes to stderr.
 
