@@ -239,6 +239,8 @@ for round in range(1, 100):
         self.addCleanup(sh, "userdel", "--remove", "--force", "tester-of-trials", check=False)
         uid = sh("id", "-u", "tester-of-trials").stdout.strip()
         self.addCleanup(nervebox.systemctl, "stop", f"user@{uid}.service")
+        # It asks logind, which other tests have left without a bus.
+        nervebox.systemctl("restart", "systemd-logind.service")
         nervebox.systemctl("start", f"user@{uid}.service")
         file = self.write(yaml("inner"))
         as_user = ["runuser", "-u", "tester-of-trials", "--", "env", f"XDG_RUNTIME_DIR=/run/user/{uid}",
