@@ -227,9 +227,8 @@ impl Conversation {
                     detail,
                     ..
                 } => {
-                    let (status, code) = result.end();
-                    if code != exit_code || json!(event_type) != status.as_str() {
-                        let said = json!(event_type);
+                    if !event_type.agrees(exit_code, &result) {
+                        let (said, (status, code)) = (json!(event_type), result.end());
                         return Err(refused(&format!(
                             "a thread-event of {said} with exitCode {exit_code} and the result \"{result}\"; \
                              that result takes \"{status}\" with {code}"

@@ -19,7 +19,7 @@ use crate::model::run::Place;
 use crate::os::cgroup::{self, Cgroup};
 use crate::os::peer::Peer;
 use crate::systemd::{Identity, Systemd};
-use crate::worker::protocol::{self, EventType, FrameError, ToManager, ToWorker, VERSION};
+use crate::worker::protocol::{self, FrameError, ToManager, ToWorker, VERSION};
 
 /// Why a connection is not a worker's.
 #[derive(Debug, thiserror::Error)]
@@ -336,14 +336,7 @@ async fn converse(
                 result,
                 detail,
             } => {
-                let (status, code) = result.end();
-                let said = match event_type {
-                    EventType::Completed => "completed",
-                    EventType::Failed => "failed",
-                    EventType::Killed => "killed",
-                    EventType::Aborted => "aborted",
-                };
-                if code != exit_code || status.as_str() != said {
+                if !event_type.agrees(exit_code, &result) {
                     return Err(Breach::BadEnd(run_id, exit_code));
                 }
                 let is_empty = Cgroup::at(&place.of_run(run_id))

@@ -11,7 +11,8 @@ use std::path::PathBuf;
 
 use super::archive::Listed;
 use super::log::{AUDIT, Logged};
-use super::read::{self, EventRow, Round, Rounds, RunRow, ThreadRange};
+use super::read::{self, EventRow, RunRow};
+use super::rounds::{Round, Rounds, ThreadRange, round_of};
 use super::{Blobs, Error, Handle, Store, cold};
 use crate::model::name::RunId;
 use crate::model::run::RunEvent;
@@ -187,7 +188,7 @@ impl Part {
         let mut bytes = 0;
         self.each(id, |event| {
             let round = match &*event.event_type {
-                RunEvent::MESSAGE => Some(read::round_of(event)?),
+                RunEvent::MESSAGE => Some(round_of(event)?),
                 word => (word == self.row.start_event()).then_some(0),
             };
             if let Some(round) = round.filter(|round| (oldest..before).contains(round)) {

@@ -21,6 +21,7 @@ mod moments;
 mod open;
 mod read;
 pub mod retention;
+mod rounds;
 mod schema;
 mod space;
 #[cfg(test)]
@@ -47,7 +48,8 @@ pub use events::{Begin, EventFilter, Slice};
 pub use list::RunFilter;
 use log::{Entry, Head, SYSTEM};
 pub use moments::Moments;
-pub use read::{EventRow, Found, Round, RunRow, ThreadRange};
+pub use read::{EventRow, Found, RunRow};
+pub use rounds::{Round, ThreadRange};
 pub use space::{Log, RESERVE};
 pub use thread::Handle;
 

@@ -12,7 +12,7 @@ use tokio::io::{AsyncBufRead, AsyncBufReadExt as _};
 use crate::model::limits;
 use crate::model::message::Message;
 use crate::model::name::{RunId, WorkflowName};
-use crate::model::status::RunResult;
+use crate::model::status::{RunResult, Status};
 use crate::model::tools::Tools;
 use crate::model::workflow::Target;
 
@@ -90,6 +90,20 @@ pub enum EventType {
     Failed,
     Killed,
     Aborted,
+}
+
+impl EventType {
+    /// Whether an end that is said so, with this code, has this result.
+    #[must_use]
+    pub fn agrees(self, exit_code: u8, result: &RunResult) -> bool {
+        let status = match self {
+            Self::Completed => Status::Completed,
+            Self::Failed => Status::Failed,
+            Self::Killed => Status::Killed,
+            Self::Aborted => Status::Aborted,
+        };
+        (status, exit_code) == result.end()
+    }
 }
 
 /// Manager to worker.
